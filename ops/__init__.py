@@ -1,1 +1,19 @@
-"""Fused attention ops."""
+"""Fused attention ops on channels-last maps, each with a plain PyTorch reference.
+
+Every op is one function, registered with `torch.library`: it works in eager mode, under autocast,
+`torch.compile(fullgraph=True)`, `torch.export` and FLOP counters. `BACKBONES_OPS=reference`, or
+`use_reference()` for a block, calls the plain PyTorch functions instead.
+"""
+
+from ._common import reference_in_use, use_reference
+from .flops import count_macs, fvcore_handles
+from .partial_attention import partial_attention, partial_attention_reference
+
+__all__ = [
+    "count_macs",
+    "fvcore_handles",
+    "partial_attention",
+    "partial_attention_reference",
+    "reference_in_use",
+    "use_reference",
+]

@@ -1,0 +1,59 @@
+"""What every op shares: the reference switch, the autocast rule, the accumulation type."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_CHOICES = ("auto", "reference")
+_choice = os.environ.get("BACKBONES_OPS", "auto")
+if _choice not in _CHOICES:
+    raise ValueError(f"BACKBONES_OPS={_choice!r} is not one of {_CHOICES}: unset it or correct it")
+_reference = _choice == "reference"
+
+
+@contextmanager
+def use_reference(enable: bool = True) -> Iterator[None]:
+    """Call the plain PyTorch functions instead of the registered ops inside a `with` block.
+
+    For what custom ops cannot do: ONNX, `torch.func`, second derivatives. The environment variable
+    `BACKBONES_OPS=reference` does the same for a whole process. The switch is global, not per
+    thread, and `torch.compile` recompiles when it changes.
+
+    Args:
+        enable: False calls the registered ops again inside an outer block.
+    """
+    global _reference
+    previous, _reference = _reference, enable
+    try:
+        yield
+    finally:
+        _reference = previous
+
+
+def reference_in_use() -> bool:
+    """Whether ops are to run their reference, see `use_reference`."""
+    return _reference
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast `tensors` to the autocast type of their device where autocast is on.
+
+    Done here and not by `register_autocast`, which knows one fixed type per device and would cast
+    the small float32 tables too.
+    """
+    device = tensors[0].device.type
+    # the query raises on the meta device
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums of `dtype` are kept in: float32 for the 16-bit types, else itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

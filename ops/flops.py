@@ -1,0 +1,80 @@
+"""What the ops cost: formulas for `torch.utils.flop_counter` and handles for fvcore.
+
+PyTorch counts two operations per multiply-add, fvcore and the papers' "FLOPs" count one (MACs).
+Only matrix products are counted, as both tools do, and only what the algorithm needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from . import partial_attention as _partial_attention  # noqa: F401  registers the op
+
+Shape = Sequence[int]
+
+
+def _partial_attention_macs(qkv: Shape, qk_dim: int) -> int:
+    batch, tokens, value_dim = qkv[0], qkv[1] * qkv[2], qkv[3] - 2 * qk_dim
+    return batch * tokens**2 * (qk_dim + value_dim)
+
+
+@register_flop_formula(torch.ops.backbones.partial_attention)
+def _partial_attention_flops(
+    qkv: Shape, x: Shape, qk_dim: int, scale: float, *, out_shape: Any = None
+) -> int:
+    return 2 * _partial_attention_macs(qkv, qk_dim)
+
+
+@register_flop_formula(torch.ops.backbones.partial_attention_backward)
+def _partial_attention_backward_flops(
+    grad: Shape, qkv: Shape, out: Shape, qk_dim: int, scale: float, *, out_shape: Any = None
+) -> int:
+    # scores again, then dv and dA over the values, dq and dk over the queries
+    batch, tokens, value_dim = qkv[0], qkv[1] * qkv[2], qkv[3] - 2 * qk_dim
+    return 2 * batch * tokens**2 * (3 * qk_dim + 2 * value_dim)
+
+
+def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
+    """Handles for `fvcore.nn.FlopCountAnalysis(model, x).set_op_handle(**handles)`, in MACs.
+
+    fvcore counts nothing for an op that it does not know, the registered ones of this package and
+    PyTorch's own `scaled_dot_product_attention` among them.
+    """
+    from fvcore.nn.jit_handles import get_shape
+
+    def partial_attention(inputs: list[Any], outputs: list[Any]) -> int:
+        return _partial_attention_macs(get_shape(inputs[0]), inputs[2].toIValue())
+
+    def attention(inputs: list[Any], outputs: list[Any]) -> int:
+        query, key, value = (get_shape(i) for i in inputs[:3])
+        return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+    return {
+        "backbones::partial_attention": partial_attention,
+        "aten::scaled_dot_product_attention": attention,
+    }
+
+
+def count_macs(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> int:
+    """Multiply-adds of one forward pass of one image.
+
+    Args:
+        model: Any model; on the meta device nothing is computed.
+        input_size: `(C, H, W)` of the image.
+
+    Returns:
+        The count; papers call it FLOPs.
+    """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    model.train(training)
+    return counter.get_total_flops() // 2
