@@ -1,0 +1,72 @@
+"""The families with official weights: their tables, and which one a model belongs to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from . import shvit
+from .errors import WeightsError
+from .table import Weights
+
+
+class Family(Protocol):
+    """What every module of this package that is named after a family has."""
+
+    WEIGHTS: tuple[Weights, ...]
+
+    def to_ours(self, state_dict: Mapping[str, Tensor], /) -> dict[str, Tensor]:
+        """Rename the tensors of any official state dict to our names."""
+        ...
+
+    def to_official(self, state_dict: Mapping[str, Tensor], /) -> dict[str, Tensor]:
+        """Rename the tensors of one of our state dicts to the official names."""
+        ...
+
+
+FAMILIES: dict[str, Family] = {"shvit": shvit}
+
+
+def weights_tables() -> dict[str, tuple[Weights, ...]]:
+    """Every family -> its official weights."""
+    return {name: family.WEIGHTS for name, family in FAMILIES.items()}
+
+
+def find_weights(name: str) -> Weights:
+    """Look up official weights.
+
+    Args:
+        name: `model.tag`, or a model's name alone for the first of its tags.
+
+    Raises:
+        WeightsError: No such weights.
+    """
+    rows = [row for table in weights_tables().values() for row in table]
+    for row in rows:
+        if name in (row.name, row.model):
+            return row
+    close = difflib.get_close_matches(name, [row.name for row in rows])
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(FAMILIES)}"
+    raise WeightsError(f"no official weights are called {name!r}; {hint}")
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that a model belongs to, by the module its class is defined in.
+
+    Args:
+        model: A model of this project or timm's model of the same family, or of a subclass.
+
+    Raises:
+        WeightsError: The class belongs to no known family.
+    """
+    for cls in type(model).__mro__:
+        family = FAMILIES.get(cls.__module__.rpartition(".")[2])
+        if family is not None:
+            return family
+    raise WeightsError(
+        f"{type(model).__module__}.{type(model).__name__} is of no family with official weights "
+        f"({', '.join(FAMILIES)}); pass the bare model, not a wrapper around it"
+    )

@@ -1,0 +1,122 @@
+"""SHViT: official weights and their tensor names.
+
+Source: Yun and Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
+CVPR 2024, arXiv:2401.16456; https://github.com/ysj9909/SHViT.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .table import Weights
+
+_RELEASE = "https://github.com/ysj9909/SHViT/releases/download/v1.0"
+
+
+def _weights(model: str, paper: float, timm: float, size: int = 224) -> Weights:
+    return Weights(
+        name=f"{model}.in1k",
+        hub_id=f"timm/{model}.in1k",
+        urls=(f"{_RELEASE}/{model}.pth",),
+        input_size=(3, size, size),
+        license="mit",
+        top1={"paper": paper, "timm": timm},
+        source="arXiv:2401.16456, https://github.com/ysj9909/SHViT",
+        note="Trained without distillation; the plain weights are published, not the EMA copy.",
+    )
+
+
+WEIGHTS = (
+    _weights("shvit_s1", paper=72.8, timm=72.780),
+    _weights("shvit_s2", paper=75.2, timm=75.184),
+    _weights("shvit_s3", paper=77.4, timm=77.356),
+    _weights("shvit_s4", paper=79.4, timm=79.362, size=256),
+)
+
+# where the official code keeps the five parts of a downsampling layer: in the stage's first three
+# entries, before its blocks
+_DOWNSAMPLE = ("0.0", "0.1", "1", "2.0", "2.1")
+_FIRST_BLOCK = 3
+
+_OFFICIAL_DOWNSAMPLE = re.compile(r"blocks([23])\.(0\.0|0\.1|1|2\.0|2\.1)\.(.+)")
+_OFFICIAL_BLOCK = re.compile(r"blocks([123])\.(\d+)\.(.+)")
+_OUR_PART = re.compile(r"stages\.(\d+)\.(downsample|blocks)\.(\d+)\.(.+)")
+
+
+def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of an official state dict to this project's names, which are timm's.
+
+    Names that are ours already, and names of neither code, stay as they are. A distillation
+    head (`head_dist`) is merged into `head`: the model averages the two outputs.
+
+    Args:
+        state_dict: Name -> tensor, unwrapped.
+    """
+    ours = {_our_name(name): value for name, value in state_dict.items()}
+    if "head.l.weight" in ours and "head_dist.l.weight" in ours:
+        ours = _merge_heads(ours)
+    return ours
+
+
+def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of one of our (or timm's) state dicts to the official names.
+
+    Args:
+        state_dict: Name -> tensor, unwrapped.
+    """
+    return {_official_name(name): value for name, value in state_dict.items()}
+
+
+def _our_name(name: str) -> str:
+    if match := _OFFICIAL_DOWNSAMPLE.fullmatch(name):
+        stage, part, rest = match.groups()
+        return f"stages.{int(stage) - 1}.downsample.{_DOWNSAMPLE.index(part)}.{rest}"
+    if match := _OFFICIAL_BLOCK.fullmatch(name):
+        stage, block = int(match[1]) - 1, int(match[2])
+        block -= _FIRST_BLOCK if stage > 0 else 0
+        return f"stages.{stage}.blocks.{block}.{match[3]}" if block >= 0 else name
+    return name
+
+
+def _official_name(name: str) -> str:
+    match = _OUR_PART.fullmatch(name)
+    if match is None:
+        return name
+    stage, index, rest = int(match[1]), int(match[3]), match[4]
+    if match[2] == "downsample":
+        return f"blocks{stage + 1}.{_DOWNSAMPLE[index]}.{rest}"
+    return f"blocks{stage + 1}.{index + (_FIRST_BLOCK if stage > 0 else 0)}.{rest}"
+
+
+def _merge_heads(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One BatchNorm + Linear whose output is the mean of `head` and `head_dist` in eval mode."""
+    kept = {k: v for k, v in state_dict.items() if not k.startswith("head_dist.")}
+    weight, bias = _fold_head(state_dict, "head")
+    weight_dist, bias_dist = _fold_head(state_dict, "head_dist")
+    dtype = state_dict["head.l.weight"].dtype
+    mean, var = state_dict["head.bn.running_mean"], state_dict["head.bn.running_var"]
+    # the two norms differ, so both are folded into the linear layer and the norm left undoes itself
+    kept["head.bn.weight"] = torch.sqrt(var + _BN_EPS)
+    kept["head.bn.bias"] = mean.clone()
+    kept["head.l.weight"] = ((weight + weight_dist) / 2).to(dtype)
+    kept["head.l.bias"] = ((bias + bias_dist) / 2).to(dtype)
+    return kept
+
+
+_BN_EPS = 1e-5
+
+
+def _fold_head(state_dict: Mapping[str, Tensor], head: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float64, of the linear layer that equals BatchNorm + Linear."""
+    bn = {k: state_dict[f"{head}.bn.{k}"].double() for k in _BN_TENSORS}
+    weight, bias = (state_dict[f"{head}.l.{k}"].double() for k in ("weight", "bias"))
+    scale = bn["weight"] / torch.sqrt(bn["running_var"] + _BN_EPS)
+    shift = bn["bias"] - bn["running_mean"] * scale
+    return weight * scale, bias + weight @ shift
+
+
+_BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
