@@ -5,11 +5,29 @@
 
 from pathlib import Path
 
-from ._version import __version__
-
 _root = Path(__file__).resolve().parent
 if not (_root / "ops").is_dir():
     # a plain checkout (torch.hub, no install): ops, pretrained and training lie beside this folder
     __path__.append(str(_root.parent))
 
-__all__ = ["__version__"]
+from . import ops, pretrained  # noqa: E402
+from ._registry import (  # noqa: E402
+    create_model,
+    list_models,
+    log_replaced,
+    restore_timm_models,
+)
+from ._version import __version__  # noqa: E402
+from .shvit import SHViT  # noqa: E402
+
+log_replaced()
+
+__all__ = [
+    "SHViT",
+    "__version__",
+    "create_model",
+    "list_models",
+    "ops",
+    "pretrained",
+    "restore_timm_models",
+]

@@ -1,0 +1,220 @@
+"""What every family shares: input check, stages, intermediate features, pruning."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.fx
+from timm.layers import to_2tuple
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+MIN_SIZE = 32
+
+
+@torch.fx.wrap
+def check_image(x: Tensor, in_chans: int, min_size: int = MIN_SIZE) -> Tensor:
+    """Return images `x` `(B, in_chans, H, W)`, `H, W >= min_size`, or raise ValueError."""
+    # a trace sees sizes as tensors, and would keep nothing of the check but warnings
+    if torch.jit.is_tracing():
+        return x
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f"images of shape {list(x.shape)} do not fit a model for (B, {in_chans}, H, W): "
+            f"create it with in_chans= the channels of the images"
+        )
+    if x.shape[2] < min_size or x.shape[3] < min_size:
+        raise ValueError(
+            f"images of {x.shape[2]}x{x.shape[3]} are too small: resize them to {min_size} or more"
+        )
+    return x
+
+
+class ImageInput(nn.Module):
+    """Check a batch of images and bring it to the channels-last layout of all that follows.
+
+    A child of the model, the first one, so that timm's feature extractors run it too.
+
+    Args:
+        in_chans: Channels of the images.
+    """
+
+    def __init__(self, in_chans: int) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take and return images `(B, in_chans, H, W)`."""
+        return check_image(x, self.in_chans).contiguous(memory_format=torch.channels_last)
+
+    def extra_repr(self) -> str:
+        """Show the channels when the model is printed."""
+        return f"in_chans={self.in_chans}"
+
+
+class Backbone(nn.Module):
+    """A hierarchy of stages after a stem: timm's model interface, once for all families.
+
+    A family sets `stages`, `feature_info` (one entry per stage), `num_features` and
+    `head_hidden_size`, and defines `forward_stem`, `forward_head`, `get_classifier`,
+    `reset_classifier` and `group_matcher`.
+
+    Args:
+        in_chans: Channels of the images.
+        num_classes: Classes of the classifier, 0 for none.
+    """
+
+    # torch.jit.script stumbles over annotations of a module class
+    if TYPE_CHECKING:
+        stages: nn.Sequential
+        feature_info: list[dict[str, str | int]]
+        num_features: int
+        head_hidden_size: int
+
+    def __init__(self, in_chans: int, num_classes: int) -> None:
+        super().__init__()
+        if in_chans < 1 or num_classes < 0:
+            raise ValueError(
+                f"in_chans={in_chans} must be positive and num_classes={num_classes} not negative"
+            )
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.image_input = ImageInput(in_chans)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Embed images `(B, in_chans, H, W)` as the map that the first stage takes."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward_stem")
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify the map of the last stage; `pre_logits` stops before the classifier."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward_head")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the last map `(B, num_features, H / stride, W / stride)` of images."""
+        return self.stages(self.forward_stem(self.image_input(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images `(B, in_chans, H, W)`: logits `(B, num_classes)`."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Compute the maps after chosen stages.
+
+        Args:
+            x: Images `(B, in_chans, H, W)`.
+            indices: Stages to take, negative ones from the end; the last n if an int; None for all.
+            norm: Unused: no norm follows the last stage.
+            stop_early: Leave out the stages after the last one taken.
+            output_fmt: Only "NCHW".
+            intermediates_only: Return the maps without the final one.
+
+        Returns:
+            The final map and the list of maps taken, or only the list.
+
+        Raises:
+            ValueError: Another `output_fmt`.
+            AssertionError: An index out of range.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r} is not available: use 'NCHW'")
+        taken, last = feature_take_indices(len(self.stages), indices)
+        maps: list[Tensor] = []
+        x = self.forward_stem(self.image_input(x))
+        # TorchScript cannot slice a Sequential
+        if torch.jit.is_scripting() or not stop_early:
+            stages = self.stages
+        else:
+            stages = self.stages[: last + 1]
+        for index, stage in enumerate(stages):
+            x = stage(x)
+            if index in taken:
+                maps.append(x)
+        if intermediates_only:
+            return maps
+        return x, maps
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last one in `indices`, in place.
+
+        Args:
+            indices: Stages to keep features of, as in `forward_intermediates`.
+            prune_norm: Unused: no norm follows the last stage.
+            prune_head: Drop pooling and classifier too; they always go when a stage goes.
+
+        Returns:
+            The chosen stages as non-negative indices.
+        """
+        taken, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = int(self.feature_info[last]["num_chs"])
+        if shortened or prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one.
+
+        Args:
+            num_classes: Its classes, 0 for none.
+            global_pool: Pooling before it, "" for none; None keeps the current one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define reset_classifier")
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Accept a new image size; models without size-bound parameters have nothing to change.
+
+        Args:
+            img_size: Height and width in pixels, one number for both.
+
+        Raises:
+            ValueError: A side below 32.
+        """
+        height, width = to_2tuple(img_size)
+        if min(height, width) < MIN_SIZE:
+            raise ValueError(f"img_size={img_size} is too small: use {MIN_SIZE} or more")
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks of every stage in the backward pass instead of storing them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that need no weight decay beyond the usual norms and biases."""
+        return set()
+
+    @torch.no_grad()
+    def fuse(self) -> "Backbone":
+        """Fold what is exact for inference, BatchNorm into its convolution first of all, in place.
+
+        Statistics become weights, so the model can no longer be trained and its state dict changes:
+        load weights before. Outputs change by rounding only.
+
+        Returns:
+            The model.
+        """
+        _fuse_children(self)
+        return self
+
+
+def _fuse_children(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if hasattr(child, "fuse"):
+            child = child.fuse()
+            setattr(module, name, child)
+        _fuse_children(child)

@@ -1,0 +1,122 @@
+"""Layers with BatchNorm that `fuse()` into one layer for inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias, padded to keep the size, and BatchNorm.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        kernel_size: Side of the kernel, odd.
+        stride: Stride of the convolution.
+        groups: Groups of the convolution.
+        gamma: First value of the norm's weight; 0 makes a residual branch start as the identity.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        gamma: float = 1.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        padding = kernel_size // 2
+        self.c = nn.Conv2d(
+            in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=False, **dd
+        )
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
+        nn.init.constant_(self.bn.weight, gamma)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Conv2d:
+        """Return one convolution with the running statistics folded in."""
+        conv, bn = self.c, self.bn
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+        )
+        fused = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            groups=conv.groups,
+            device="meta",
+        )
+        fused.weight, fused.bias = weight, bias
+        return fused.train(self.training)
+
+
+class NormLinear(nn.Sequential):
+    """BatchNorm and linear classifier.
+
+    Args:
+        in_features: Width of the pooled features.
+        num_classes: Classes.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.bn = nn.BatchNorm1d(in_features, **dd)
+        self.l = nn.Linear(in_features, num_classes, **dd)
+        trunc_normal_(self.l.weight, std=0.02)
+        nn.init.zeros_(self.l.bias)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Linear:
+        """Return one linear layer with the running statistics folded in."""
+        bn, linear = self.bn, self.l
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        shift = bn.bias - bn.running_mean * scale
+        fused = nn.Linear(linear.in_features, linear.out_features, device="meta")
+        fused.weight = nn.Parameter(linear.weight * scale)
+        fused.bias = nn.Parameter(linear.bias + linear.weight @ shift)
+        return fused.train(self.training)
+
+
+class Residual(nn.Module):
+    """Add a branch to its input.
+
+    Args:
+        m: The branch.
+    """
+
+    def __init__(self, m: nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take and return a map `(B, C, H, W)`."""
+        return x + self.m(x)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """Return a depthwise convolution with the addition in its centre taps, else itself."""
+        if not isinstance(self.m, ConvNorm):
+            return self
+        fused = self.m.fuse()
+        centre = fused.kernel_size[0] // 2
+        fused.weight[:, 0, centre, centre] += 1
+        return fused
