@@ -191,7 +191,7 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks of every stage in the backward pass instead of storing them."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -214,7 +214,8 @@ class Backbone(nn.Module):
 
 def _fuse_children(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if hasattr(child, "fuse"):
-            child = child.fuse()
+        fuse = getattr(child, "fuse", None)
+        if callable(fuse):
+            child = fuse()
             setattr(module, name, child)
         _fuse_children(child)

@@ -36,6 +36,7 @@ from .layers import ConvNorm, NormLinear, Residual
 
 __all__ = ["SHViT"]
 
+
 class FeedForward(nn.Module):
     """Two 1x1 convolutions around a ReLU, the inner width twice the outer.
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_weights
+
+
+def _scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm does with its running statistics, per channel."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    return scale, norm.bias - mean * scale
 
 
 class ConvNorm(nn.Sequential):
@@ -47,21 +55,11 @@ class ConvNorm(nn.Sequential):
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """Return one convolution with the running statistics folded in."""
-        conv, bn = self.c, self.bn
-        weight, bias = fuse_conv_bn_weights(
-            conv.weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-        )
-        fused = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            groups=conv.groups,
-            device="meta",
-        )
-        fused.weight, fused.bias = weight, bias
-        return fused.train(self.training)
+        scale, shift = _scale_and_shift(self.bn)
+        fused = copy.deepcopy(self.c)
+        fused.weight = nn.Parameter(self.c.weight * scale[:, None, None, None])
+        fused.bias = nn.Parameter(shift)
+        return fused
 
 
 class NormLinear(nn.Sequential):
@@ -87,13 +85,11 @@ class NormLinear(nn.Sequential):
     @torch.no_grad()
     def fuse(self) -> nn.Linear:
         """Return one linear layer with the running statistics folded in."""
-        bn, linear = self.bn, self.l
-        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-        shift = bn.bias - bn.running_mean * scale
-        fused = nn.Linear(linear.in_features, linear.out_features, device="meta")
-        fused.weight = nn.Parameter(linear.weight * scale)
-        fused.bias = nn.Parameter(linear.bias + linear.weight @ shift)
-        return fused.train(self.training)
+        scale, shift = _scale_and_shift(self.bn)
+        fused = copy.deepcopy(self.l)
+        fused.weight = nn.Parameter(self.l.weight * scale)
+        fused.bias = nn.Parameter(self.l.bias + self.l.weight @ shift)
+        return fused
 
 
 class Residual(nn.Module):
