@@ -19,7 +19,7 @@ def reason(error: BaseException, limit: int = 300) -> str:
         error: Any exception.
         limit: Longest answer, in characters.
     """
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

@@ -8,7 +8,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,19 @@ def read_state_dict(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]
     """
     path = Path(path)
     try:
-        state_dict = unwrap(_READERS[detect_format(path)](path), ema=ema)
+        kind = check_file(path)
+        checkpoint = (
+            _load_safetensors(path) if kind == "safetensors" else _load_torch(path, kind == "zip")
+        )
+        state_dict = unwrap(checkpoint, ema=ema)
         _check_tensors(state_dict)
     except WeightsError as error:
         raise WeightsError(f"cannot read {path}: {error}") from error.__cause__
     return state_dict
 
 
-def detect_format(path: Path) -> str:
-    """Tell the format of a weight file from its first bytes.
+def check_file(path: Path) -> str:
+    """Tell the format of a weight file and check what can be checked without loading it.
 
     Args:
         path: The file.
@@ -63,8 +67,18 @@ def detect_format(path: Path) -> str:
         "safetensors", "zip" or "legacy" (the two layouts of `torch.save`).
 
     Raises:
-        WeightsError: It is neither; the message says what it looks like instead.
+        WeightsError: It is of another kind, truncated or damaged.
     """
+    kind = _detect(path)
+    if kind == "safetensors":
+        _check_header(path)
+    elif kind == "zip":
+        _check_archive(path)
+    return kind
+
+
+def _detect(path: Path) -> str:
+    """The format of a file by its first bytes."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -95,8 +109,7 @@ def _describe_stranger(path: Path, head: bytes) -> str:
     return f"it is neither safetensors nor of torch.save (it starts with {head[:8]!r}); {_DAMAGED}"
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    _check_header(path)
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
@@ -138,15 +151,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_zip(path: Path) -> Any:
-    _check_archive(path)
-    return _torch_load(path, mmap=True)
-
-
-def _read_legacy(path: Path) -> Any:
-    return _torch_load(path, mmap=False)
-
-
 def _check_archive(path: Path) -> None:
     """Compare the archive's checksums, which torch.load does not."""
     try:
@@ -163,7 +167,7 @@ def _check_archive(path: Path) -> None:
         raise WeightsError(f"its part {broken} fails its checksum; {_DAMAGED}")
 
 
-def _torch_load(path: Path, mmap: bool) -> Any:
+def _load_torch(path: Path, mmap: bool) -> Any:
     try:
         # training scripts keep their command line beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -210,10 +214,3 @@ def _check_tensors(state_dict: dict[str, Tensor]) -> None:
 
 def _some(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)[:3])
-
-
-_READERS: dict[str, Callable[[Path], Any]] = {
-    "safetensors": _read_safetensors,
-    "zip": _read_zip,
-    "legacy": _read_legacy,
-}

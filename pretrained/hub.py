@@ -54,21 +54,20 @@ def hub_file(
     Raises:
         WeightsError: It is neither on the hub nor in the cache, or cannot be downloaded.
     """
-    names = (filename,) if filename else WEIGHT_FILES
     repository = f"hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
-    failures: list[Exception] = []
-    for name in names:
+    names = [filename] if filename else list(WEIGHT_FILES)
+    while True:
+        name = names.pop(0)
         try:
             path = _download(repo_id, name, revision, cache_dir)
             return _stored(path, f"{repository}/{name}")
         except Exception as error:  # the client raises what its HTTP library does
-            failures.append(error)
-            if not _is_absent(error):
-                break
-    raise WeightsError(
-        f"cannot load {repository}/{' or '.join(names)} from {constants.ENDPOINT}: "
-        f"{reason(failures[-1])}; {_advice(failures[-1], cache_dir)}"
-    ) from failures[-1]
+            if names and _is_absent(error):
+                continue
+            raise WeightsError(
+                f"cannot load {repository}/{name} from {constants.ENDPOINT}: {reason(error)}; "
+                f"{_advice(error, cache_dir)}"
+            ) from error
 
 
 def is_offline() -> bool:
@@ -136,7 +135,7 @@ def _advice(error: Exception, cache_dir: str | Path | None) -> str:
     if isinstance(error, RevisionNotFoundError):
         return "check the revision after the @"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return "name the file with filename="
+        return f"its weights are not called {' or '.join(WEIGHT_FILES)}: pass filename="
     if is_disk_error(error):
         return f"make {cache} writable and free space there, or set HF_HOME to another disk"
     if isinstance(error, ValueError):

@@ -70,8 +70,9 @@ def load_weights(
 
 def _is_name(location: str) -> bool:
     """Whether a location can only be the name of official weights."""
-    elsewhere = "/" in location or "\\" in location or location.endswith(_SUFFIXES)
-    return not elsewhere and not Path(location).exists()
+    if location.startswith(_HUB) or location.endswith(_SUFFIXES) or set(location) & {"/", "\\"}:
+        return False
+    return not Path(location).exists()
 
 
 def _fetch(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .table import Weights
 
+_BN_EPS = 1e-5
 _RELEASE = "https://github.com/ysj9909/SHViT/releases/download/v1.0"
 
 
@@ -30,7 +31,7 @@ def _weights(model: str, paper: float, timm: float, size: int = 224) -> Weights:
     )
 
 
-WEIGHTS = (
+WEIGHTS: tuple[Weights, ...] = (
     _weights("shvit_s1", paper=72.8, timm=72.780),
     _weights("shvit_s2", paper=75.2, timm=75.184),
     _weights("shvit_s3", paper=77.4, timm=77.356),
@@ -107,16 +108,9 @@ def _merge_heads(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-_BN_EPS = 1e-5
-
-
 def _fold_head(state_dict: Mapping[str, Tensor], head: str) -> tuple[Tensor, Tensor]:
     """Weight and bias, float64, of the linear layer that equals BatchNorm + Linear."""
-    bn = {k: state_dict[f"{head}.bn.{k}"].double() for k in _BN_TENSORS}
-    weight, bias = (state_dict[f"{head}.l.{k}"].double() for k in ("weight", "bias"))
-    scale = bn["weight"] / torch.sqrt(bn["running_var"] + _BN_EPS)
-    shift = bn["bias"] - bn["running_mean"] * scale
-    return weight * scale, bias + weight @ shift
-
-
-_BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
+    names = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "l.weight", "l.bias")
+    gamma, beta, mean, var, weight, bias = (state_dict[f"{head}.{n}"].double() for n in names)
+    scale = gamma / torch.sqrt(var + _BN_EPS)
+    return weight * scale, bias + weight @ (beta - mean * scale)

@@ -19,7 +19,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from .checksum import SHA256, StoredFile, matches, sha256_of
 from .errors import WeightsError, is_disk_error, reason
-from .files import detect_format
+from .files import check_file
 from .hub import is_offline
 
 _RETRY_DELAYS = (0.5, 2.0)
@@ -105,7 +105,7 @@ def _fetch(url: str, path: Path, sha256: str | None) -> None:
             raise WeightsError(
                 f"cannot load {url}: its sha256 is {actual}, expected {expected}; nothing was kept"
             )
-        _check_format(url, partial)
+        _check(url, partial)
         _record(path).write_text(actual)
         os.replace(partial, path)
     finally:
@@ -122,8 +122,8 @@ def _stream(url: str, target: Path) -> None:
         raise ConnectionError(f"the connection closed after {size} of {length} bytes")
 
 
-def _check_format(url: str, path: Path) -> None:
+def _check(url: str, path: Path) -> None:
     try:
-        detect_format(path)
+        check_file(path)
     except WeightsError as error:
         raise WeightsError(f"cannot load {url}: {error}; nothing was kept") from error
