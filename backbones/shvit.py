@@ -10,6 +10,7 @@ forward network per block, all with BatchNorm. Parameter names are timm's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -224,7 +225,7 @@ class SHViT(Backbone):
         self.drop_rate = drop_rate
         stem = [in_chans, *(embed_dim[0] // divisor for divisor in (8, 4, 2, 1))]
         layers: list[nn.Module] = []
-        for in_dim, out_dim in zip(stem, stem[1:], strict=False):
+        for in_dim, out_dim in itertools.pairwise(stem):
             layers += [ConvNorm(in_dim, out_dim, 3, stride=2, **dd), nn.ReLU()]
         self.patch_embed = nn.Sequential(*layers[:-1])
 

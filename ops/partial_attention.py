@@ -94,9 +94,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor, qkv: Tensor, out: Tensor, qk_dim: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, qkv: Tensor, out: Tensor, qk_dim: int, scale: float) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(qkv.shape), out.new_empty(out.shape)
 
 
@@ -121,8 +119,8 @@ def _validate(qkv: Tensor, x: Tensor, qk_dim: int) -> None:
     value_dim = qkv.shape[-1] - 2 * qk_dim
     if not 0 < value_dim <= x.shape[-1]:
         raise ValueError(
-            f"qkv has {qkv.shape[-1]} channels, so 2 * qk_dim={2 * qk_dim} leave {value_dim} for the "
-            f"values: give between {2 * qk_dim + 1} and {2 * qk_dim + x.shape[-1]}"
+            f"qkv has {qkv.shape[-1]} channels, {value_dim} of them values: give between "
+            f"{2 * qk_dim + 1} and {2 * qk_dim + x.shape[-1]} for qk_dim={qk_dim} and this x"
         )
     if qkv.dtype != x.dtype:
         raise ValueError(f"qkv is {qkv.dtype} but x is {x.dtype}: cast one of them")
@@ -147,7 +145,7 @@ def partial_attention(
 
     Numerics:
         float64, float32, bfloat16 or float16, the 16-bit types accumulated in float32. Under
-        autocast both maps are cast to its type first. Memory grows with `N = H * W`, not its square.
+        autocast both maps are cast to its type first. Memory grows with `N = H * W`, not `N ** 2`.
 
     Gradients:
         For `qkv` and `x`, deterministic, once differentiable.
@@ -168,7 +166,9 @@ def partial_attention(
 def _dispatch(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> Tensor:
     if not isinstance(qkv, torch.fx.Proxy):
         qkv, x = autocast(qkv, x)
-        _validate(qkv, x, qk_dim)
+        # a trace sees sizes as tensors
+        if not torch.jit.is_tracing():
+            _validate(qkv, x, qk_dim)
         if reference_in_use():
             return partial_attention_reference(qkv, x, qk_dim, scale)
     # through the packet, which torch.fx records; a call of the Python object it would not
