@@ -1,0 +1,73 @@
+"""What a person sees: a bar on a terminal, one plain line per epoch anywhere."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from types import FrameType
+
+from tqdm import tqdm
+
+
+class Console:
+    """Lines on stdout and a progress bar on a terminal.
+
+    Args:
+        active: whether this process speaks.
+        total: steps of an epoch.
+    """
+
+    def __init__(self, active: bool, total: int) -> None:
+        self.active = active
+        self._total = total
+        self._bar: tqdm | None = None
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.active:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self, label: str, done: int, loss: float) -> None:
+        """Show that `done` steps of the epoch called `label` are taken."""
+        if not self.active or not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=self._total, desc=label, unit="step", leave=False)
+        self._bar.n = done
+        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=True)
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self._asked_at: float | None = None
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._ask)
+
+    def __call__(self) -> bool:
+        """Whether a signal has come."""
+        return self._asked_at is not None
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        # launchers and terminals send the same signal twice within moments
+        if self._asked_at is not None and time.monotonic() - self._asked_at > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._asked_at = self._asked_at or time.monotonic()
+
+
+def duration(seconds: float) -> str:
+    """`h:mm:ss`, without leading hours when there are none."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,71 @@
+"""The learning curves of a run as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .run_folder import Row
+
+_BLUE, _ORANGE, _GREY = "#2a6fbb", "#d9702b", "#666666"
+
+
+def draw_curves(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw loss, top-1 accuracy and learning rate over the epochs.
+
+    Args:
+        rows: one per epoch.
+        title: above the picture.
+        path: PNG file to write.
+    """
+    # imported here: a second of start-up that most processes do not need
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    epochs = [row.epoch for row in rows]
+    _line(loss, epochs, [row.train_loss for row in rows], "training", _BLUE)
+    _line(loss, epochs, [row.val_loss for row in rows], "validation", _ORANGE)
+    _line(accuracy, epochs, [row.top1 for row in rows], "model", _ORANGE)
+    if rows and rows[0].top1_ema is not None:
+        _line(accuracy, epochs, [row.top1_ema for row in rows], "average of weights", _BLUE)
+    _line(rate, epochs, [row.lr for row in rows], None, _GREY)
+    _finish(loss, "loss (nats)", legend=True)
+    _finish(accuracy, "top-1 (%)", legend=True)
+    _finish(rate, "learning rate", legend=False)
+    if rows:
+        _mark_best(accuracy, rows)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    figure.savefig(path, dpi=110)
+
+
+def _line(axes: Any, x: list[int], y: list[Any], label: str | None, color: str) -> None:
+    axes.plot(x, y, color=color, label=label, linewidth=1.8, marker="o", markersize=3)
+
+
+def _mark_best(axes: Any, rows: Sequence[Row]) -> None:
+    best = max(rows, key=lambda row: row.top1)
+    axes.annotate(
+        f"{best.top1:.2f} %",
+        (best.epoch, best.top1),
+        xytext=(0, -16),
+        textcoords="offset points",
+        ha="center",
+        color=_ORANGE,
+    )
+
+
+def _finish(axes: Any, label: str, *, legend: bool) -> None:
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if legend:
+        axes.legend(frameon=False)

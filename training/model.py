@@ -1,0 +1,156 @@
+"""The model to train or to evaluate, with its first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import backbones
+from backbones.pretrained import WeightsError, convert_state_dict, load_weights
+
+from . import checkpoint
+from .config import option, require
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and where its weights come from."""
+
+    name: str = option("shvit_s1", "any model of backbones or timm")
+    pretrained: bool = option(False, "take the official weights")
+    checkpoint: str | None = option(
+        None, "take the weights of a file, a run folder, a URL, or hf-hub:org/repo"
+    )
+    num_classes: int | None = option(None, "width of the classifier; none: what the data has")
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.pretrained and self.checkpoint),
+            "--pretrained and --checkpoint both choose the weights: use one",
+        )
+
+
+@dataclass(frozen=True)
+class TrainModelConfig(ModelConfig):
+    """The model and how it trains."""
+
+    drop_path: float | None = option(None, "stochastic depth rate; none: the model's default")
+    grad_checkpointing: bool = option(False, "less memory for more time", may_change=True)
+
+
+def build_model(
+    config: TrainModelConfig, num_classes: int, img_size: int | None, say: Callable[[str], None]
+) -> nn.Module:
+    """Build the model and load its first weights.
+
+    Args:
+        config: which model and weights.
+        num_classes: width of the classifier.
+        img_size: input side in pixels, for models that must know it; none: the default.
+        say: told in one line what was loaded, and what was not.
+
+    Raises:
+        UsageError: an unknown name, or weights that cannot be had or do not fit.
+    """
+    try:
+        model = create(
+            config.name,
+            pretrained=config.pretrained,
+            num_classes=num_classes,
+            drop_path_rate=config.drop_path,
+        )
+        fit_input_size(model, img_size)
+        if config.checkpoint is not None:
+            fresh = load_into(model, config.checkpoint)
+            say(f"weights from {config.checkpoint}" + _fresh_note(fresh))
+    except (WeightsError, ValueError, TypeError) as error:
+        raise UsageError(f"{config.name}: {error}") from error
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def create(name: str, **arguments: Any) -> nn.Module:
+    """`backbones.create_model` without the arguments that are none."""
+    return backbones.create_model(name, **{k: v for k, v in arguments.items() if v is not None})
+
+
+def fit_input_size(model: nn.Module, img_size: int | None) -> None:
+    """Tell models that must know it the input side in pixels; none leaves the default."""
+    if img_size is not None and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(img_size, img_size))
+
+
+def load_into(model: nn.Module, location: str, *, ema: bool = False) -> list[str]:
+    """Load weights into `model`; a classifier of another width keeps its fresh values.
+
+    Args:
+        model: what to fill.
+        location: a weight file, a run or checkpoint folder, a URL, or `hf-hub:org/repo`.
+        ema: take the moving average where there is one.
+
+    Returns:
+        The tensors that were not loaded: those of the classifier, or none.
+
+    Raises:
+        WeightsError: the weights cannot be found, read or fitted to the model.
+    """
+    given = _read(location, ema)
+    if type(model).__module__.startswith("backbones."):
+        given = convert_state_dict(given, model, require_head=False)
+    target = model.state_dict()
+    fitting = {k: v for k, v in given.items() if k in target and v.shape == target[k].shape}
+    fresh = [name for name in target if name not in fitting]
+    heads = _classifier_names(model)
+    wrong = [name for name in (*fresh, *(given.keys() - target)) if not name.startswith(heads)]
+    if wrong:
+        raise WeightsError(
+            f"{location} does not fit the model: {', '.join(wrong[:3])} and so on "
+            f"({len(wrong)} tensors); check --model"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return fresh
+
+
+def checkpoint_folder(location: str) -> Path | None:
+    """The checkpoint that a run folder, a checkpoint folder or a file in it stands for."""
+    path = Path(location)
+    path = path.parent if path.is_file() else path
+    return path if (path / checkpoint.META).is_file() else checkpoint.latest(path / "ckpt")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable values."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """Move `model`, in place."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return model.to(device=device, memory_format=layout)
+
+
+def _read(location: str, ema: bool) -> dict[str, Tensor]:
+    folder = checkpoint_folder(location)
+    if folder is None or Path(location).is_file():
+        return load_weights(location, ema=ema)
+    path = folder / (checkpoint.EMA if ema else checkpoint.MODEL)
+    if ema and not path.is_file():
+        raise WeightsError(f"{location} has no moving average: leave out --ema")
+    return load_weights(path)
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    return tuple(f"{name.split('.')[0]}." for name in names)
+
+
+def _fresh_note(fresh: list[str]) -> str:
+    return f"; freshly initialised: {', '.join(fresh)}" if fresh else ""

@@ -1,0 +1,398 @@
+"""A training run from the first step to the last, through any number of interruptions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .augment import AugmentConfig, train_transform
+from .config import Parsed, require, to_dict, to_yaml
+from .console import Console, StopRequest, duration
+from .curves import draw_curves
+from .data import (
+    BadFiles,
+    Batch,
+    DataConfig,
+    class_count,
+    make_loader,
+    open_splits,
+    resolve_view,
+)
+from .engine import Agreement, Engine
+from .errors import DivergedError, InterruptedRunError, RunError, UsageError
+from .evaluate import Evaluator, Score
+from .keys import key, seed_step
+from .model import TrainModelConfig, build_model, count_parameters, to_device
+from .optim import EmaConfig, OptimConfig
+from .run_folder import Row, RunConfig, RunFolder, new_run_path
+from .runtime import RuntimeConfig, World, versions
+from .sampler import TrainBatches, TrainOrder
+from .schedule import ScheduleConfig, learning_rate
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of `train.py`."""
+
+    model: TrainModelConfig
+    data: DataConfig
+    augment: AugmentConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    ema: EmaConfig
+    runtime: RuntimeConfig
+    run: RunConfig
+
+
+@dataclass
+class Progress:
+    """Where the run is; saved with every checkpoint.
+
+    Args:
+        step: steps done.
+        evaluated: the step whose weights were evaluated last.
+        skipped: steps left out because something was not finite.
+        streak: the last of them in a row.
+        best_top1: the best accuracy, percent, of the model or of its average.
+        best_step: where it was reached.
+        loss: sum of the losses of this epoch.
+        steps: steps of this epoch that were taken.
+        seconds: time of this epoch's steps.
+        wait: part of it spent waiting for data.
+        total_seconds: time of the whole run, evaluations included.
+    """
+
+    step: int = 0
+    evaluated: int = 0
+    skipped: int = 0
+    streak: int = 0
+    best_top1: float = -1.0
+    best_step: int = 0
+    loss: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+    wait: float = 0.0
+    total_seconds: float = 0.0
+
+
+class Trainer:
+    """A run of `train.py` in one process of the world.
+
+    Args:
+        parsed: the settings and their origins.
+        world: the processes.
+    """
+
+    def __init__(self, parsed: Parsed[TrainConfig], world: World) -> None:
+        self.parsed = parsed
+        self.config = config = parsed.config
+        self.world = world
+        self.splits = open_splits(config.data)
+        self.num_classes = class_count(self.splits, config.model.num_classes)
+        self.order = TrainOrder(
+            len(self.splits.train),
+            config.data.batch_size,
+            config.run.seed,
+            config.augment.repeats,
+        )
+        self.total = self.order.steps_per_epoch * config.schedule.epochs
+        self.console = Console(world.first, self.order.steps_per_epoch)
+        self.progress = Progress()
+        self.stop = StopRequest()
+        self._build()
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            InterruptedRunError: a signal came; the state is saved.
+            RunError: the run cannot go on; `status.json` says why.
+        """
+        self.folder = self._open_folder()
+        try:
+            self._resume()
+            self._announce()
+            self._loop()
+        except RunError as error:
+            self.console.clear()
+            state = "interrupted" if isinstance(error, InterruptedRunError) else "failed"
+            self._write_status(state, str(error))
+            raise
+
+    def _build(self) -> None:
+        config, world = self.config, self.world
+        seed_step(key(config.run.seed, "init"))
+        model = build_model(config.model, self.num_classes, _img_size(config), self.console.say)
+        to_device(model, world.device, config.runtime.channels_last)
+        self.view = resolve_view(config.data, model)
+        batches = self._batches(0)
+        require(
+            not config.augment.mixes or batches.size % 2 == 0,
+            f"mixup and cutmix need an even number of images per process, not {batches.size}: "
+            "change --batch-size",
+        )
+        self.engine = Engine(
+            model,
+            self.num_classes,
+            config.augment,
+            config.optim,
+            config.ema,
+            config.runtime,
+            world,
+            config.run.seed,
+        )
+        self.evaluator = Evaluator(self.splits.val, self.view, config.data, config.runtime, world)
+        self.bad = BadFiles(self.splits.train, config.data.max_bad)
+
+    def _open_folder(self) -> RunFolder:
+        config = self.config
+        name = f"{Path(config.data.name).name}-{config.model.name.replace('/', '-')}"
+        path = Path(config.run.out) if config.run.out else new_run_path(Path("runs"), name)
+        folder = RunFolder(self.world.share(path))
+        failure = None
+        if self.world.first:
+            try:
+                folder.create()
+            except UsageError as error:
+                failure = error
+        failure = self.world.share(failure)
+        if failure is not None:
+            raise failure
+        return folder
+
+    def _resume(self) -> None:
+        path = self.world.share(checkpoint.latest(self.folder.checkpoints))
+        if path is not None:
+            self.folder.check_config(to_dict(self.config), TrainConfig)
+            loaded = checkpoint.load(path)
+            self.engine.restore(loaded)
+            self.progress = Progress(**loaded.meta["progress"])
+            self.folder.read_rows(self.progress.step)
+            self.console.say(f"resuming {self.folder.path} at step {self.progress.step}")
+        elif self.world.first:
+            self.folder.write_config(to_yaml(self.parsed))
+        self._write_status("running")
+
+    def _announce(self) -> None:
+        config, device = self.config, self.world.device
+        plural = "es" if self.world.size > 1 else ""
+        parameters = count_parameters(self.engine.model) / 1e6
+        self.console.say(
+            f"{config.model.name}, {parameters:.2f} M parameters, {self.view.size} px, on "
+            f"{config.data.name}: {len(self.splits.train)} training and {len(self.splits.val)} "
+            f"held-out images, {self.num_classes} classes\n{config.schedule.epochs} epochs of "
+            f"{self.order.steps_per_epoch} steps, {config.data.batch_size} images a step, "
+            f"{self.world.size} process{plural} on {device.type}; files in {self.folder.path}"
+        )
+
+    def _loop(self) -> None:
+        progress, per_epoch = self.progress, self.order.steps_per_epoch
+        batches = self._load(progress.step)
+        while True:
+            if progress.step % per_epoch == 0 and progress.step > progress.evaluated:
+                self._finish_epoch()
+            if progress.step == self.total:
+                break
+            agreed = self._step(batches)
+            if agreed.stop:
+                self._interrupt()
+            every = self.config.run.checkpoint_every
+            if every and progress.step % every == 0 and progress.step % per_epoch:
+                self._save()
+        self._finish()
+
+    def _step(self, batches: Iterator[Batch]) -> Agreement:
+        progress, config = self.progress, self.config
+        begin = time.monotonic()
+        micro = [next(batches) for _ in range(config.optim.accumulate)]
+        waited = time.monotonic() - begin
+        for _, _, failed in micro:
+            self.bad.add(failed)
+        agreed = self.engine.step(
+            micro, progress.step, self._lr(progress.step), self.stop(), len(self.bad.indices)
+        )
+        elapsed = time.monotonic() - begin
+        progress.step += 1
+        progress.seconds += elapsed
+        progress.total_seconds += elapsed
+        progress.wait += waited
+        self._count(agreed)
+        if agreed.bad > self.bad.limit:
+            self._check_bad_files()
+        return agreed
+
+    def _count(self, agreed: Agreement) -> None:
+        progress, config = self.progress, self.config
+        if agreed.finite:
+            progress.loss += agreed.loss
+            progress.steps += 1
+            progress.streak = 0
+            epoch, place = divmod(progress.step - 1, self.order.steps_per_epoch)
+            label = f"epoch {epoch + 1}/{config.schedule.epochs}"
+            self.console.advance(label, place + 1, agreed.loss)
+            return
+        progress.skipped += 1
+        progress.streak += 1
+        if progress.streak >= config.optim.max_skips:
+            raise DivergedError(
+                f"diverged at step {progress.step}: {progress.streak} steps in a row had a "
+                f"non-finite loss or gradient; try a smaller --lr, a longer --warmup-epochs, or "
+                f"--clip 1. The last good checkpoint is in {self.folder.checkpoints}"
+            )
+
+    def _finish_epoch(self) -> None:
+        begin = time.monotonic()
+        self.console.clear()
+        try:
+            score = self.evaluator.score(self.engine.model, self.stop)
+            average = self.engine.ema
+            averaged = self.evaluator.score(average.module, self.stop) if average else None
+        except InterruptedRunError:
+            self._interrupt()
+        self._check_bad_files()
+        row = self._row(score, averaged)
+        self._note_best(row)
+        progress = self.progress
+        progress.evaluated = progress.step
+        progress.loss, progress.steps, progress.seconds, progress.wait = 0.0, 0, 0.0, 0.0
+        progress.total_seconds += time.monotonic() - begin
+        self._report(row)
+        self._save()
+
+    def _row(self, score: Score, averaged: Score | None) -> Row:
+        progress = self.progress
+        images = self.order.batch_size * self.order.steps_per_epoch
+        return Row(
+            epoch=progress.step // self.order.steps_per_epoch,
+            step=progress.step,
+            lr=self._lr(progress.step - 1),
+            train_loss=progress.loss / progress.steps if progress.steps else math.nan,
+            val_loss=score.mean_loss,
+            top1=score.top1_percent,
+            top5=score.top5_percent,
+            top1_ema=averaged.top1_percent if averaged else None,
+            images_per_s=round(images / progress.seconds, 1),
+            wait_percent=round(100 * progress.wait / progress.seconds, 1),
+            skipped=progress.skipped,
+            bad_images=len(self.bad.indices),
+            seconds=round(progress.total_seconds, 1),
+        )
+
+    def _note_best(self, row: Row) -> None:
+        top1 = max(row.top1, row.top1_ema or 0.0)
+        if math.isfinite(row.val_loss) and top1 > self.progress.best_top1:
+            self.progress.best_top1, self.progress.best_step = top1, row.step
+
+    def _report(self, row: Row) -> None:
+        epochs = self.config.schedule.epochs
+        left = row.seconds / row.epoch * (epochs - row.epoch)
+        average = "" if row.top1_ema is None else f" (average {row.top1_ema:.2f} %)"
+        self.console.say(
+            f"epoch {row.epoch:>{len(str(epochs))}}/{epochs}  loss {row.train_loss:.3f}  "
+            f"validation {row.val_loss:.3f}  top-1 {row.top1:.2f} %{average}  lr {row.lr:.1e}  "
+            f"{row.images_per_s:.0f} images/s  waiting {row.wait_percent:.0f} %  "
+            f"left {duration(left)}"
+        )
+        if self.world.first:
+            self.folder.add_row(row)
+
+    def _finish(self) -> None:
+        if not self.world.first:
+            return
+        progress, row = self.progress, self.folder.rows[-1]
+        best = progress.best_step // self.order.steps_per_epoch
+        correct = round(row.top1 * len(self.splits.val) / 100)
+        result = f"top-1 {row.top1:.2f} %"
+        self._draw()
+        self._write_status("done", result)
+        self.console.say(
+            f"{result} ({correct} of {len(self.splits.val)} held-out images), best "
+            f"{progress.best_top1:.2f} % after epoch {best}, "
+            f"{duration(progress.total_seconds)} min; files in {self.folder.path}"
+        )
+
+    def _draw(self) -> None:
+        title = f"{self.config.model.name} on {self.config.data.name}, {self.view.size} px"
+        draw_curves(self.folder.rows, title, self.folder.path / "curves.png")
+
+    def _interrupt(self) -> None:
+        self._save()
+        raise InterruptedRunError(
+            f"interrupted, saved at step {self.progress.step} of {self.total}: resume with the "
+            f"same command and --out {self.folder.path}"
+        )
+
+    def _save(self) -> None:
+        # weights amid non-finite steps are suspect: the last good checkpoint stays
+        if not self.world.first or self.progress.streak:
+            return
+        meta: dict[str, Any] = {
+            "progress": dataclasses.asdict(self.progress),
+            "model": self.config.model.name,
+            "view": dataclasses.asdict(self.view),
+            "classes": list(self.splits.classes or ()),
+            "config": to_dict(self.config),
+            "world_size": self.world.size,
+            "versions": versions(),
+        }
+        worked = self.folder.save(
+            self.progress.step, self.engine.state(meta), self.progress.best_step
+        )
+        if not worked and self._save_failed:
+            raise self.folder.storage_error()
+        if not worked:
+            self.console.say(f"warning: {self.folder.storage_error()}")
+        self._save_failed = not worked
+
+    _save_failed = False
+
+    def _check_bad_files(self) -> None:
+        train = {line for part in self.world.gather(list(self.bad.lines())) for line in part}
+        val = self.world.gather(list(self.evaluator.bad.lines()))
+        if self.world.first:
+            self.folder.write_bad_files([*train, *(line for part in val for line in part)])
+        if len(train) > self.bad.limit:
+            raise UsageError(
+                f"{len(train)} of {len(self.splits.train)} training images cannot be read, listed "
+                f"in {self.folder.path / 'bad_files.txt'}: repair them, or raise --max-bad "
+                f"above {self.config.data.max_bad}"
+            )
+
+    def _write_status(self, state: str, reason: str = "") -> None:
+        if self.world.first:
+            self.folder.write_status(state, self.progress.step, reason)
+
+    def _lr(self, step: int) -> float:
+        peak = self.config.optim.peak_lr(self.config.data.batch_size)
+        return learning_rate(self.config.schedule, peak, step, self.order.steps_per_epoch)
+
+    def _batches(self, start: int) -> TrainBatches:
+        return TrainBatches(
+            self.order,
+            start,
+            self.total,
+            self.world.rank,
+            self.world.size,
+            self.config.optim.accumulate,
+        )
+
+    def _load(self, start: int) -> Iterator[Batch]:
+        config = self.config
+        transform = train_transform(config.augment, self.view, affine=config.data.name == "digits")
+        batches = self._batches(start)
+        loader = make_loader(
+            self.splits.train, transform, batches, config.data, self.world, config.run.seed
+        )
+        return iter(loader)
+
+
+def _img_size(config: TrainConfig) -> int | None:
+    if config.data.img_size is None and config.data.name == "digits":
+        return 32
+    return config.data.img_size
