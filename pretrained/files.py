@@ -168,6 +168,8 @@ def _check_archive(path: Path) -> None:
 
 
 def _load_torch(path: Path, mmap: bool) -> Any:
+    if path.suffix == ".safetensors":  # torch.load trusts the name
+        raise WeightsError("it is a file of torch.save under a false name; rename it to .pth")
     try:
         # training scripts keep their command line beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -30,7 +30,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _RETRY_DELAYS = (0.5, 2.0)
 _STALL_SECONDS = 3.0
 # by name: the classes are of httpx or of httpx2, depending on the client's version
-_TRANSIENT = {"RemoteProtocolError", "ReadError", "WriteError", "CloseError", "ReadTimeout"}
+_TRANSIENT = {"RemoteProtocolError", "ReadError", "WriteError", "CloseError"}
 
 
 def hub_file(

@@ -15,6 +15,7 @@ from torch import Tensor
 from .table import Weights
 
 _BN_EPS = 1e-5
+_HEAD = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "l.weight", "l.bias")
 _RELEASE = "https://github.com/ysj9909/SHViT/releases/download/v1.0"
 
 
@@ -58,9 +59,8 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state_dict: Name -> tensor, unwrapped.
     """
     ours = {_our_name(name): value for name, value in state_dict.items()}
-    if "head.l.weight" in ours and "head_dist.l.weight" in ours:
-        ours = _merge_heads(ours)
-    return ours
+    distilled = all(f"{head}.{name}" in ours for head in ("head", "head_dist") for name in _HEAD)
+    return _merge_heads(ours) if distilled else ours
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,22 +95,22 @@ def _official_name(name: str) -> str:
 
 def _merge_heads(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One BatchNorm + Linear whose output is the mean of `head` and `head_dist` in eval mode."""
-    kept = {k: v for k, v in state_dict.items() if not k.startswith("head_dist.")}
+    merged = {k: v for k, v in state_dict.items() if not k.startswith("head_dist.")}
     weight, bias = _fold_head(state_dict, "head")
     weight_dist, bias_dist = _fold_head(state_dict, "head_dist")
-    dtype = state_dict["head.l.weight"].dtype
-    mean, var = state_dict["head.bn.running_mean"], state_dict["head.bn.running_var"]
+    mean, var = merged["head.bn.running_mean"], merged["head.bn.running_var"]
     # the two norms differ, so both are folded into the linear layer and the norm left undoes itself
-    kept["head.bn.weight"] = torch.sqrt(var + _BN_EPS)
-    kept["head.bn.bias"] = mean.clone()
-    kept["head.l.weight"] = ((weight + weight_dist) / 2).to(dtype)
-    kept["head.l.bias"] = ((bias + bias_dist) / 2).to(dtype)
-    return kept
+    values = {
+        "head.bn.weight": torch.sqrt(var.double() + _BN_EPS),
+        "head.bn.bias": mean,
+        "head.l.weight": (weight + weight_dist) / 2,
+        "head.l.bias": (bias + bias_dist) / 2,
+    }
+    return merged | {name: value.to(merged[name].dtype) for name, value in values.items()}
 
 
 def _fold_head(state_dict: Mapping[str, Tensor], head: str) -> tuple[Tensor, Tensor]:
     """Weight and bias, float64, of the linear layer that equals BatchNorm + Linear."""
-    names = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "l.weight", "l.bias")
-    gamma, beta, mean, var, weight, bias = (state_dict[f"{head}.{n}"].double() for n in names)
+    gamma, beta, mean, var, weight, bias = (state_dict[f"{head}.{n}"].double() for n in _HEAD)
     scale = gamma / torch.sqrt(var + _BN_EPS)
     return weight * scale, bias + weight @ (beta - mean * scale)
