@@ -123,7 +123,7 @@ class Backbone(nn.Module):
             AssertionError: An index out of range.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r} is not available: use 'NCHW'")
+            raise ValueError(f"output_fmt '{output_fmt}' is not available: use 'NCHW'")
         taken, last = feature_take_indices(len(self.stages), indices)
         maps: list[Tensor] = []
         x = self.forward_stem(self.image_input(x))

@@ -144,8 +144,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
 def _check_name(name: str) -> None:
     model, _, tag = name.partition(".")
     if not timm.is_model(model):
-        near = difflib.get_close_matches(model, [*_families, *timm.list_models()], n=5)
-        meant = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "see list_models()"
+        near = sorted(difflib.get_close_matches(model, timm.list_models(), n=4))
+        meant = f"did you mean {' or '.join(near)}?" if near else "see list_models()"
         raise ValueError(f"model {model!r} is unknown: {meant}")
     tags = [full.partition(".")[2] for full in timm.models.get_arch_pretrained_cfgs(model)]
     if tag and tag not in tags:
