@@ -8,7 +8,6 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +46,10 @@ def read_state_dict(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]
     path = Path(path)
     try:
         kind = check_file(path)
-        checkpoint = (
-            _load_safetensors(path) if kind == "safetensors" else _load_torch(path, kind == "zip")
-        )
+        if kind == "safetensors":
+            checkpoint = _load_safetensors(path)
+        else:
+            checkpoint = _load_torch(path, mmap=kind == "zip")
         state_dict = unwrap(checkpoint, ema=ema)
         _check_tensors(state_dict)
     except WeightsError as error:
@@ -109,7 +109,7 @@ def _describe_stranger(path: Path, head: bytes) -> str:
     return f"it is neither safetensors nor of torch.save (it starts with {head[:8]!r}); {_DAMAGED}"
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def _load_safetensors(path: Path) -> Any:
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
@@ -136,7 +136,8 @@ def _check_header(path: Path) -> None:
     if len(entries) > MAX_TENSORS:
         raise WeightsError(f"it lists {len(entries)} tensors (at most {MAX_TENSORS})")
     if strange := dtypes - _SAFETENSORS_DTYPES:
-        raise WeightsError(f"it holds tensors of type {_some(strange)}, which no release here has")
+        types = ", ".join(sorted(map(str, strange))[:3])
+        raise WeightsError(f"it holds tensors of type {types}, which no official weights have")
     if size < end:
         raise WeightsError(f"it is truncated: {size} of {end} bytes; {_DAMAGED}")
 
@@ -211,8 +212,6 @@ def _check_tensors(state_dict: dict[str, Tensor]) -> None:
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise WeightsError(f"{name} claims shape {tuple(value.shape)} but holds fewer values")
         if not torch.isfinite(value).all():
-            raise WeightsError(f"{name} holds NaN or infinite values; {_DAMAGED}")
-
-
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)[:3])
+            raise WeightsError(
+                f"{name} holds NaN or infinite values: its training diverged, or {_DAMAGED}"
+            )

@@ -32,6 +32,14 @@ _STALL_SECONDS = 3.0
 # by name: the classes are of httpx or of httpx2, depending on the client's version
 _TRANSIENT = {"RemoteProtocolError", "ReadError", "WriteError", "CloseError"}
 
+_FIXES: tuple[tuple[type[Exception], str], ...] = (
+    (GatedRepoError, "accept the terms on the repository's page, then set HF_TOKEN"),
+    (RepositoryNotFoundError, "check the name; for a private repository set HF_TOKEN"),
+    (RevisionNotFoundError, "check the revision after the @"),
+    (EntryNotFoundError, "choose a file of the repository with filename="),
+    (ValueError, "write hf-hub:org/repo or hf-hub:org/repo@revision, and no .. in filename="),
+)
+
 
 def hub_file(
     repo_id: str,
@@ -126,20 +134,14 @@ def _is_absent(error: Exception) -> bool:
 
 def _advice(error: Exception, cache_dir: str | Path | None) -> str:
     cache = cache_dir or constants.HF_HUB_CACHE
-    if is_offline():
-        return f"HF_HUB_OFFLINE is set and {cache} does not hold it: unset it or fill the cache"
-    if isinstance(error, GatedRepoError):
-        return "accept the terms on the repository's page, then set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
-        return "check the name; for a private repository set HF_TOKEN"
-    if isinstance(error, RevisionNotFoundError):
-        return "check the revision after the @"
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"its weights are not called {' or '.join(WEIGHT_FILES)}: pass filename="
     if is_disk_error(error):
         return f"make {cache} writable and free space there, or set HF_HOME to another disk"
-    if isinstance(error, ValueError):
-        return "write hf-hub:org/repo or hf-hub:org/repo@revision, and a filename= without .."
+    if is_offline():
+        return f"HF_HUB_OFFLINE is set and {cache} does not hold it: unset it or fill the cache"
+    if not isinstance(error, LocalEntryNotFoundError):
+        for kind, fix in _FIXES:
+            if isinstance(error, kind):
+                return fix
     return (
         "check the connection and try again, set HF_ENDPOINT to a mirror, or give a local file "
         f"(the cache is {cache})"

@@ -57,6 +57,7 @@ def url_file(
         locks.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(locks / f"{path.name}.lock"):
             if not path.exists():
+                _remove_partial(path)
                 _fetch_with_retries(url, path, sha256)
     except (OSError, HTTPException, ValueError) as error:
         raise WeightsError(
@@ -81,6 +82,12 @@ def _cached_path(url: str, cache_dir: str | Path | None) -> Path:
 
 def _record(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
+
+
+def _remove_partial(path: Path) -> None:
+    """Remove what killed processes left; the lock is held, so nobody is writing it."""
+    for partial in path.parent.glob(f"{path.name}.*.partial"):
+        partial.unlink(missing_ok=True)
 
 
 def _fetch_with_retries(url: str, path: Path, sha256: str | None) -> None:

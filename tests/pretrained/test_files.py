@@ -1,52 +1,15 @@
 """Broken and hostile files: each is refused in one line that says what it is; none is executed."""
 
 import argparse
-import io
-import json
-import os
 import pickle
 import random
-import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save
 
 from backbones.pretrained import WeightsError, read_state_dict
-
-LEGACY = {"_use_new_zipfile_serialization": False}
-
-
-class Command:
-    """Runs a shell command when it is unpickled."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def pth(value, **kwargs):
-    buffer = io.BytesIO()
-    torch.save(value, buffer, **kwargs)
-    return buffer.getvalue()
-
-
-def safetensors(header, body=b""):
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(raw).to_bytes(8, "little") + raw + body
-
-
-def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-def packed_zip():
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"0" * 10_000_000)
-    return buffer.getvalue()
+from tests.pretrained.forge import LEGACY, Command, entry, packed_zip, pth, safetensors
 
 
 def refusal(path, content):

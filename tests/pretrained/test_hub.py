@@ -5,6 +5,8 @@ All calls are made once, by a few processes at a time; each test looks at what c
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,8 +17,10 @@ import pytest
 import torch
 from huggingface_hub import snapshot_download
 
+from backbones.pretrained import WeightsError, load_weights
+from backbones.pretrained import hub as hub_module
 from tests.pretrained.client import Client
-from tests.pretrained.test_files import Command, pth
+from tests.pretrained.forge import Command, pth
 from tests.support.hub_server import Hub
 
 FILE = "model.safetensors"
@@ -157,8 +161,8 @@ def test_fails_in_one_line(run, name):
     [
         ("absent", ["RepositoryNotFoundError", "check the name"]),
         ("revision", ["t/plain@v9", "Invalid rev id: v9", "check the revision"]),
-        ("filename", ["other.safetensors", "Entry Not Found", "pass filename="]),
-        ("empty", ["Entry Not Found", "model.safetensors or pytorch_model.bin: pass filename="]),
+        ("filename", ["other.safetensors", "Entry Not Found", "with filename="]),
+        ("empty", ["pytorch_model.bin", "Entry Not Found", "with filename="]),
         ("escape", ["'..' path segment"]),
         ("hash", ["is not the file asked for", "expected 1234"]),
         ("code", ["posix.system", "not executed"]),
@@ -198,6 +202,15 @@ def test_offline(run, total):
     assert run.sum("offline") == total
     assert run.sum("offline bin") == 5
     assert "HF_HUB_OFFLINE is set and" in run.message("offline cold")
+
+
+def test_disk_that_is_full(monkeypatch, tmp_path):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hub_module, "hf_hub_download", full)
+    with pytest.raises(WeightsError, match=f"No space left.*make {tmp_path} writable and free"):
+        load_weights("hf-hub:t/plain", cache_dir=tmp_path)
 
 
 def test_nothing_half_written_is_left(run):

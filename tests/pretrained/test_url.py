@@ -108,6 +108,15 @@ def test_cache_that_rots(hub, tmp_path, load, weights, data):
     assert torch.equal(load(location)["w"], weights["w"])
 
 
+def test_remains_of_a_killed_download_are_removed(hub, tmp_path, load, data):
+    location = hub.add_plain("killed.pth", data)
+    load(location)
+    stored = next((tmp_path / "c").glob("*-killed.pth"))
+    stored.rename(f"{stored}.0123.partial")
+    load(location)
+    assert files(tmp_path) == [stored.name, f"{stored.name}.sha256"]
+
+
 def test_offline(hub, load, data, monkeypatch):
     location = hub.add_plain("offline.pth", data)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
