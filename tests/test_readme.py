@@ -1,0 +1,47 @@
+"""What the README says is so."""
+
+import re
+
+import pytest
+import timm
+import torch
+
+import backbones
+from backbones.pretrained import find_weights
+from tests.support.process import ROOT
+
+README = (ROOT / "README.md").read_text()
+ROWS = re.findall(
+    r"^\| `(\w+)` \| ([\d.]+) M \| ([\d.]+) \| (\d+) \| ([\d.]+) \| .*$", README, re.M
+)
+# the one with an official file runs in tests/backbones/test_builder.py, which makes such a file
+BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "shvit_s1.pth" not in b]
+
+
+def test_every_model_has_a_row():
+    assert [row[0] for row in ROWS] == backbones.list_models()
+
+
+@pytest.mark.parametrize("name, millions, macs, size, top1", ROWS)
+def test_row(name, millions, macs, size, top1):
+    model = timm.create_model(name, device="meta")
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == millions
+    input_size = model.pretrained_cfg["input_size"]
+    assert input_size == (3, int(size), int(size))
+    assert f"{backbones.ops.count_macs(model, input_size) / 1e9:.3f}" == macs
+    weights = find_weights(name)
+    assert weights.top1["paper"] == float(top1)
+    assert f"[`{weights.name}`](https://huggingface.co/{weights.hub_id})" in README
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_examples_run(block):
+    block = block.replace(", pretrained=True", "").replace('"path/to/checkout"', repr(str(ROOT)))
+    exec(block, {"torch": torch, "timm": timm})
+
+
+def test_files_that_are_named_exist():
+    for link in re.findall(r"\]\((?!http)([\w./]+)\)", README):
+        assert (ROOT / link).is_file(), link
+    for recipe in re.findall(r"recipes/\w+\.yaml", README):
+        assert (ROOT / recipe).is_file(), recipe
