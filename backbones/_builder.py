@@ -81,7 +81,11 @@ def build_model(
         convert = filter_fn
 
         def filter_fn(_: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-            return convert(load_weights(location, filename=filename, cache_dir=cache_dir), model)
+            weights = load_weights(location, filename=filename, cache_dir=cache_dir)
+            try:
+                return convert(weights, model)
+            except WeightsError as error:
+                raise WeightsError(f"{variant} from {location}: {error}") from error
 
         # timm passes an in-memory state dict to the filter unread: there our loader takes over
         overlay = {"state_dict": {location: filename}, "source": None}
