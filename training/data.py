@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from timm.data import resolve_data_config
@@ -99,7 +100,7 @@ def resolve_view(config: DataConfig, model: nn.Module) -> View:
     )
 
 
-class KeyedDataset(Dataset[tuple[Tensor, int, int]]):
+class KeyedDataset(Dataset[Any]):
     """Images whose random view is a pure function of the seed and of their place in the run.
 
     An unreadable image is replaced by another one that depends on the same key.
@@ -119,11 +120,11 @@ class KeyedDataset(Dataset[tuple[Tensor, int, int]]):
         """The image `(3, H, W)`, its class, and the index of what could not be read, -1 if none."""
         failed = -1
         for attempt in range(_TRIES):
-            index = sample.index if attempt == 0 else self._replacement(sample, attempt)
+            index = sample.image if attempt == 0 else self._replacement(sample, attempt)
             try:
                 image, label = self.source.load(index)
             except Exception:
-                failed = sample.index
+                failed = sample.image
                 continue
             seed_host(key(self.seed, "augment", *sample))
             return self.transform(image), label, failed

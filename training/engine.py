@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,9 @@ class Engine:
         self._scaler.load_state_dict(checkpoint.optim["scaler"])
 
     def _wrap(self, runtime: RuntimeConfig) -> nn.Module:
-        network = torch.compile(self.model, dynamic=False) if runtime.compile else self.model
+        network = self.model
+        if runtime.compile:
+            network = cast(nn.Module, torch.compile(network, dynamic=False))
         if self.world.size == 1:
             return network
         devices = [self.world.device] if self.world.device.type == "cuda" else None

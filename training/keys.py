@@ -21,8 +21,8 @@ def key(seed: int, *place: int | str) -> int:
         seed: the seed of the run.
         place: what is chosen and where, e.g. `("augment", epoch, index)`.
     """
-    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    digest = hashlib.blake2b(repr((seed, *place)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def seed_host(value: int) -> None:

@@ -45,34 +45,32 @@ class TrainModelConfig(ModelConfig):
 
 
 def build_model(
-    config: TrainModelConfig, num_classes: int, img_size: int | None, say: Callable[[str], None]
+    config: TrainModelConfig, num_classes: int, say: Callable[[str], None]
 ) -> nn.Module:
     """Build the model and load its first weights.
 
     Args:
         config: which model and weights.
         num_classes: width of the classifier.
-        img_size: input side in pixels, for models that must know it; none: the default.
         say: told in one line what was loaded, and what was not.
 
     Raises:
         UsageError: an unknown name, or weights that cannot be had or do not fit.
     """
     try:
-        model = create(
+        model: Any = create(
             config.name,
             pretrained=config.pretrained,
             num_classes=num_classes,
             drop_path_rate=config.drop_path,
         )
-        fit_input_size(model, img_size)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()
         if config.checkpoint is not None:
             fresh = load_into(model, config.checkpoint)
             say(f"weights from {config.checkpoint}" + _fresh_note(fresh))
     except (WeightsError, ValueError, TypeError) as error:
-        raise UsageError(f"{config.name}: {error}") from error
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing()
+        raise UsageError(str(error)) from error
     return model
 
 
@@ -81,10 +79,18 @@ def create(name: str, **arguments: Any) -> nn.Module:
     return backbones.create_model(name, **{k: v for k, v in arguments.items() if v is not None})
 
 
-def fit_input_size(model: nn.Module, img_size: int | None) -> None:
-    """Tell models that must know it the input side in pixels; none leaves the default."""
-    if img_size is not None and hasattr(model, "set_input_size"):
+def fit_input_size(model: Any, img_size: int) -> None:
+    """Tell models that must know it the input side in pixels.
+
+    Raises:
+        UsageError: the model cannot take this size.
+    """
+    if not hasattr(model, "set_input_size"):
+        return
+    try:
         model.set_input_size(img_size=(img_size, img_size))
+    except (ValueError, AssertionError) as error:
+        raise UsageError(f"--img-size {img_size}: {error}") from error
 
 
 def load_into(model: nn.Module, location: str, *, ema: bool = False) -> list[str]:
@@ -133,7 +139,7 @@ def count_parameters(model: nn.Module) -> int:
 def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
     """Move `model`, in place."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return model.to(device=device, memory_format=layout)
+    return model.to(device).to(memory_format=layout)
 
 
 def _read(location: str, ema: bool) -> dict[str, Tensor]:

@@ -76,7 +76,9 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            checkpoint.replace_file(self.path / "status.json", b"{}\n")
+            probe = self.path / ".tmp-probe"
+            checkpoint.write_file(probe, b"")
+            probe.unlink()
         except OSError as error:
             raise UsageError(
                 f"cannot write to {self.path} ({error.strerror}): choose another --out"

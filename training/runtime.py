@@ -74,6 +74,10 @@ class World:
     rank: int = 0
     size: int = 1
 
+    def __str__(self) -> str:
+        plural = "" if self.size == 1 else "es"
+        return f"{self.size} process{plural} on {self.device.type}"
+
     @property
     def first(self) -> bool:
         """Whether this process writes files and speaks."""
@@ -196,7 +200,8 @@ def _help(command: Callable[[], int], rank: int) -> None:
 
 
 def _process_count(config: RuntimeConfig, batch_size: int) -> int:
-    if "RANK" in os.environ or _pick_device(config.device).type != "cpu":
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    if "RANK" in os.environ or not on_cpu:
         return 1
     if config.processes is not None:
         return config.processes

@@ -16,7 +16,7 @@ class Sample(NamedTuple):
     """The place of an image in the run, which also seeds its augmentation."""
 
     epoch: int
-    index: int
+    image: int
     repeat: int = 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +114,10 @@ class _Torchvision:
 
 
 def _open_named(data: str, root: str | None, split: str) -> Source:
+    if data.startswith("hfds/") and importlib.util.find_spec("datasets") is None:
+        raise UsageError(f"{data} needs the package datasets: pip install datasets")
     try:
         dataset = create_dataset(data, root=root, split="validation" if split == "val" else split)
-    except ImportError as error:
-        raise UsageError(f"{data} needs a package: pip install datasets ({error})") from None
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UsageError(

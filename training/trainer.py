@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from . import checkpoint
 from .augment import AugmentConfig, train_transform
 from .config import Parsed, require, to_dict, to_yaml
-from .console import Console, StopRequest, duration
+from .console import Console, StopRequest
 from .curves import draw_curves
 from .data import (
     BadFiles,
@@ -26,14 +25,23 @@ from .data import (
 )
 from .engine import Agreement, Engine
 from .errors import DivergedError, InterruptedRunError, RunError, UsageError
-from .evaluate import Evaluator, Score
+from .evaluate import Evaluator
 from .keys import key, seed_step
-from .model import TrainModelConfig, build_model, count_parameters, to_device
+from .model import (
+    TrainModelConfig,
+    build_model,
+    count_parameters,
+    fit_input_size,
+    to_device,
+)
 from .optim import EmaConfig, OptimConfig
-from .run_folder import Row, RunConfig, RunFolder, new_run_path
+from .progress import Progress, epoch_line, make_row, result_line
+from .run_folder import RunConfig, RunFolder, new_run_path
 from .runtime import RuntimeConfig, World, versions
 from .sampler import TrainBatches, TrainOrder
 from .schedule import ScheduleConfig, learning_rate
+
+_DRAW_EVERY = 60.0
 
 
 @dataclass(frozen=True)
@@ -48,37 +56,6 @@ class TrainConfig:
     ema: EmaConfig
     runtime: RuntimeConfig
     run: RunConfig
-
-
-@dataclass
-class Progress:
-    """Where the run is; saved with every checkpoint.
-
-    Args:
-        step: steps done.
-        evaluated: the step whose weights were evaluated last.
-        skipped: steps left out because something was not finite.
-        streak: the last of them in a row.
-        best_top1: the best accuracy, percent, of the model or of its average.
-        best_step: where it was reached.
-        loss: sum of the losses of this epoch.
-        steps: steps of this epoch that were taken.
-        seconds: time of this epoch's steps.
-        wait: part of it spent waiting for data.
-        total_seconds: time of the whole run, evaluations included.
-    """
-
-    step: int = 0
-    evaluated: int = 0
-    skipped: int = 0
-    streak: int = 0
-    best_top1: float = -1.0
-    best_step: int = 0
-    loss: float = 0.0
-    steps: int = 0
-    seconds: float = 0.0
-    wait: float = 0.0
-    total_seconds: float = 0.0
 
 
 class Trainer:
@@ -105,6 +82,8 @@ class Trainer:
         self.console = Console(world.first, self.order.steps_per_epoch)
         self.progress = Progress()
         self.stop = StopRequest()
+        self._save_failed = False
+        self._drawn_at = time.monotonic()
         self._build()
 
     def run(self) -> None:
@@ -115,9 +94,9 @@ class Trainer:
             RunError: the run cannot go on; `status.json` says why.
         """
         self.folder = self._open_folder()
+        self._resume()
+        self._announce()
         try:
-            self._resume()
-            self._announce()
             self._loop()
         except RunError as error:
             self.console.clear()
@@ -128,9 +107,10 @@ class Trainer:
     def _build(self) -> None:
         config, world = self.config, self.world
         seed_step(key(config.run.seed, "init"))
-        model = build_model(config.model, self.num_classes, _img_size(config), self.console.say)
-        to_device(model, world.device, config.runtime.channels_last)
+        model = build_model(config.model, self.num_classes, self.console.say)
         self.view = resolve_view(config.data, model)
+        fit_input_size(model, self.view.size)
+        to_device(model, world.device, config.runtime.channels_last)
         batches = self._batches(0)
         require(
             not config.augment.mixes or batches.size % 2 == 0,
@@ -180,15 +160,15 @@ class Trainer:
         self._write_status("running")
 
     def _announce(self) -> None:
-        config, device = self.config, self.world.device
-        plural = "es" if self.world.size > 1 else ""
-        parameters = count_parameters(self.engine.model) / 1e6
+        splits, model = self.splits, self.engine.model
         self.console.say(
-            f"{config.model.name}, {parameters:.2f} M parameters, {self.view.size} px, on "
-            f"{config.data.name}: {len(self.splits.train)} training and {len(self.splits.val)} "
-            f"held-out images, {self.num_classes} classes\n{config.schedule.epochs} epochs of "
-            f"{self.order.steps_per_epoch} steps, {config.data.batch_size} images a step, "
-            f"{self.world.size} process{plural} on {device.type}; files in {self.folder.path}"
+            f"{self.config.model.name}, {count_parameters(model) / 1e6:.2f} M parameters, "
+            f"{self.view.size} px, on {self.config.data.name}: {len(splits.train)} training and "
+            f"{len(splits.val)} held-out images, {self.num_classes} classes"
+        )
+        self.console.say(
+            f"{self.config.schedule.epochs} epochs of {self.order.steps_per_epoch} steps, "
+            f"{self.order.batch_size} images a step, {self.world}; files in {self.folder.path}"
         )
 
     def _loop(self) -> None:
@@ -256,75 +236,33 @@ class Trainer:
         except InterruptedRunError:
             self._interrupt()
         self._check_bad_files()
-        row = self._row(score, averaged)
-        self._note_best(row)
         progress = self.progress
-        progress.evaluated = progress.step
-        progress.loss, progress.steps, progress.seconds, progress.wait = 0.0, 0, 0.0, 0.0
         progress.total_seconds += time.monotonic() - begin
-        self._report(row)
-        self._save()
-
-    def _row(self, score: Score, averaged: Score | None) -> Row:
-        progress = self.progress
-        images = self.order.batch_size * self.order.steps_per_epoch
-        return Row(
-            epoch=progress.step // self.order.steps_per_epoch,
-            step=progress.step,
-            lr=self._lr(progress.step - 1),
-            train_loss=progress.loss / progress.steps if progress.steps else math.nan,
-            val_loss=score.mean_loss,
-            top1=score.top1_percent,
-            top5=score.top5_percent,
-            top1_ema=averaged.top1_percent if averaged else None,
-            images_per_s=round(images / progress.seconds, 1),
-            wait_percent=round(100 * progress.wait / progress.seconds, 1),
-            skipped=progress.skipped,
-            bad_images=len(self.bad.indices),
-            seconds=round(progress.total_seconds, 1),
-        )
-
-    def _note_best(self, row: Row) -> None:
-        top1 = max(row.top1, row.top1_ema or 0.0)
-        if math.isfinite(row.val_loss) and top1 > self.progress.best_top1:
-            self.progress.best_top1, self.progress.best_step = top1, row.step
-
-    def _report(self, row: Row) -> None:
-        epochs = self.config.schedule.epochs
-        left = row.seconds / row.epoch * (epochs - row.epoch)
-        average = "" if row.top1_ema is None else f" (average {row.top1_ema:.2f} %)"
-        self.console.say(
-            f"epoch {row.epoch:>{len(str(epochs))}}/{epochs}  loss {row.train_loss:.3f}  "
-            f"validation {row.val_loss:.3f}  top-1 {row.top1:.2f} %{average}  lr {row.lr:.1e}  "
-            f"{row.images_per_s:.0f} images/s  waiting {row.wait_percent:.0f} %  "
-            f"left {duration(left)}"
-        )
+        row = make_row(progress, self.order, self._lr(progress.step - 1), score, averaged, self.bad)
+        progress.finish_epoch(row)
+        self.console.say(epoch_line(row, self.config.schedule.epochs))
         if self.world.first:
             self.folder.add_row(row)
+        self._save()
+        if self.world.first and time.monotonic() - self._drawn_at > _DRAW_EVERY:
+            self._draw()
 
     def _finish(self) -> None:
-        if not self.world.first:
-            return
-        progress, row = self.progress, self.folder.rows[-1]
-        best = progress.best_step // self.order.steps_per_epoch
-        correct = round(row.top1 * len(self.splits.val) / 100)
-        result = f"top-1 {row.top1:.2f} %"
-        self._draw()
-        self._write_status("done", result)
-        self.console.say(
-            f"{result} ({correct} of {len(self.splits.val)} held-out images), best "
-            f"{progress.best_top1:.2f} % after epoch {best}, "
-            f"{duration(progress.total_seconds)} min; files in {self.folder.path}"
-        )
+        if self.world.first:
+            row, images = self.folder.rows[-1], len(self.splits.val)
+            self._draw()
+            self._write_status("done", f"top-1 {row.top1:.2f} %")
+            self.console.say(result_line(row, images, self.progress, self.folder.path))
 
     def _draw(self) -> None:
         title = f"{self.config.model.name} on {self.config.data.name}, {self.view.size} px"
         draw_curves(self.folder.rows, title, self.folder.path / "curves.png")
+        self._drawn_at = time.monotonic()
 
     def _interrupt(self) -> None:
         self._save()
         raise InterruptedRunError(
-            f"interrupted, saved at step {self.progress.step} of {self.total}: resume with the "
+            f"interrupted at step {self.progress.step} of {self.total}: resume with the "
             f"same command and --out {self.folder.path}"
         )
 
@@ -349,8 +287,6 @@ class Trainer:
         if not worked:
             self.console.say(f"warning: {self.folder.storage_error()}")
         self._save_failed = not worked
-
-    _save_failed = False
 
     def _check_bad_files(self) -> None:
         train = {line for part in self.world.gather(list(self.bad.lines())) for line in part}
@@ -390,9 +326,3 @@ class Trainer:
             self.splits.train, transform, batches, config.data, self.world, config.run.seed
         )
         return iter(loader)
-
-
-def _img_size(config: TrainConfig) -> int | None:
-    if config.data.img_size is None and config.data.name == "digits":
-        return 32
-    return config.data.img_size

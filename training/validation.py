@@ -115,11 +115,11 @@ def _load_model(config: ValidateConfig, source: Source) -> nn.Module:
         raise UsageError("nothing to evaluate: use --checkpoint RUN_OR_FILE, or --pretrained")
     try:
         model = create(chosen.name, pretrained=chosen.pretrained, num_classes=width)
-        fit_input_size(model, config.data.img_size)
+        fit_input_size(model, resolve_view(config.data, model).size)
         if chosen.checkpoint:
             _fill(model, chosen.checkpoint, config.result.ema, classes)
     except (WeightsError, ValueError, TypeError) as error:
-        raise UsageError(f"{chosen.name}: {error}") from error
+        raise UsageError(str(error)) from error
     outputs = getattr(model, "num_classes", None)
     if classes and outputs != len(classes):
         raise UsageError(
