@@ -105,3 +105,19 @@ def test_fused_models(official):
 def test_model_of_no_family(official):
     with pytest.raises(WeightsError, match="no family"):
         convert_state_dict(official, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"num_classes": 10}, {"num_classes": 0}, {"in_chans": 1}, {"features_only": True}],
+)
+def test_timm_adapts_what_passes(official, kwargs):
+    names = golden.load("shvit_s1")["name_map_to_timm"]
+    overlay = {"state_dict": {"model": official}}
+    model = timm.create_model("shvit_s1", True, pretrained_cfg_overlay=overlay, **kwargs)
+    # a feature extractor writes some dots of the names as underscores
+    loaded = {name.replace("_", "."): value for name, value in model.state_dict().items()}
+    for name in ("patch_embed.6.c.weight", "blocks2.4.ffn.m.pw1.c.weight"):
+        assert torch.equal(loaded[names[name].replace("_", ".")], official[name].float())
+    stem = official["patch_embed.0.c.weight"].float()
+    torch.testing.assert_close(loaded["patch.embed.0.c.weight"].sum(1), stem.sum(1))
