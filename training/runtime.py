@@ -196,7 +196,13 @@ def versions() -> dict[str, str]:
 
 def _help(command: Callable[[], int], rank: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    sys.exit(command())
+    parent = os.getppid()
+    try:
+        sys.exit(command())
+    except RuntimeError:
+        # without its first process the run is over: nothing to report
+        if os.getppid() == parent:
+            raise
 
 
 def _process_count(config: RuntimeConfig, batch_size: int) -> int:

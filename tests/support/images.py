@@ -11,7 +11,9 @@ from PIL import Image
 CLASSES = ("cat", "dog")
 
 
-def make_folder(root: Path, train: int = 16, val: int = 4, classes: tuple[str, ...] = CLASSES) -> Path:
+def make_folder(
+    root: Path, train: int = 16, val: int = 4, classes: tuple[str, ...] = CLASSES
+) -> Path:
     """An ImageNet-like folder; the classes differ in brightness, so that they can be learnt."""
     random = np.random.RandomState(0)
     for split, count in (("train", train), ("val", val)):

@@ -1,9 +1,10 @@
-"""Runs of train.py and validate.py in a forked process: what a shell starts, without the imports."""
+"""Runs of train.py and validate.py in forked processes: as from a shell, without the imports."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,13 +38,18 @@ class Run:
     def _main(self, program: Program, argv: Sequence[str], folder: Path) -> None:
         for number, path in enumerate(self._files, start=1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        # pytest's own streams do not end in these files
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         os.chdir(folder)
         torch.set_num_threads(1)
         try:
-            os._exit(program([str(word) for word in argv]))
+            code = program([str(word) for word in argv])
         except BaseException:
-            os.write(2, traceback.format_exc().encode())
-            os._exit(1)
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def wait_for(self, path: Path, timeout: float = 60) -> None:
         """Wait until `path` exists."""

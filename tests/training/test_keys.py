@@ -14,7 +14,9 @@ def test_the_key_of_a_place_never_changes():
 
 
 def test_keys_of_different_places_differ():
-    places = [(s, kind, i, j) for s in (0, 1) for kind in "ab" for i in range(20) for j in range(20)]
+    places = [
+        (s, kind, i, j) for s in (0, 1) for kind in "ab" for i in range(20) for j in range(20)
+    ]
     assert len({key(*place) for place in places}) == len(places)
 
 

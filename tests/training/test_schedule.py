@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -51,7 +52,7 @@ def test_per_step_moves_every_step():
     config = _config(epochs=10, warmup_epochs=2, warmup_lr=0.0, min_lr=0.0)
     rates = [learning_rate(config, 1.0, step, 10) for step in range(100)]
     assert rates[:20] == pytest.approx([step / 20 for step in range(20)])
-    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[20:]))
     assert rates[-1] < 1e-3
 
 
