@@ -29,6 +29,7 @@ SURVIVED = {
     "truncated once": ("truncate", "GET", 1),
     "reset once": ("reset", "GET", 1),
     "HEAD reset once": ("reset", "HEAD", 1),
+    "HEAD closed once": ("close", "HEAD", 1),
     "429 once": ("429", "GET", 1),
     "503 once": ("503", "GET", 1),
     "HEAD 500 once": ("500", "HEAD", 1),
@@ -42,7 +43,7 @@ FATAL = {
     "gated": ("gated", "HEAD", r"GatedRepoError.*accept the terms.*HF_TOKEN"),
 }
 # name -> fault of every later HEAD, when the file is in the cache already
-WARM = {"reset": "reset", "500": "500", "hang": "hang"}
+WARM = {"reset": "reset", "closed": "close", "500": "500", "hang": "hang"}
 
 
 @dataclass

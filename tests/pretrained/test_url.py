@@ -38,7 +38,7 @@ def test_urls_that_end_alike(hub, tmp_path, load, data):
     assert len(files(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("kind", ["truncate", "reset", "503", "429"])
+@pytest.mark.parametrize("kind", ["truncate", "reset", "close", "503", "429"])
 def test_one_failure_is_survived(hub, load, weights, data, kind):
     name = f"{kind}-once.pth"
     location = hub.add_plain(name, data)

@@ -46,8 +46,8 @@ class Fault:
     Attributes:
         key: `org/name/file`, or the name of a plain file.
         kind: "truncate" (the connection closes half-way), "short" (half a file that says it is
-            whole), "corrupt" (one bit), "reset", "hang", "gated", "html", "pointer" (another body),
-            or a status such as "503".
+            whole), "corrupt" (one bit), "reset", "close" (without an answer), "hang", "gated",
+            "html" or "pointer" (another body), or a status such as "503".
         method: "HEAD" or "GET".
         times: How often; -1 for ever.
     """
@@ -231,6 +231,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(403, "GatedRepo", "Access to this model is restricted")
         elif kind == "hang":
             threading.Event().wait(60)
+        elif kind == "close":
+            self.close_connection = True
         elif kind == "reset":
             # a zero linger time makes close() send a reset
             linger = struct.pack("ii", 1, 0)
