@@ -35,8 +35,8 @@ class Console:
             return
         if self._bar is None:
             self._bar = tqdm(total=self._total, desc=label, unit="step", leave=False)
-        self._bar.n = done
-        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=True)
+        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bar.update(done - self._bar.n)
 
     def clear(self) -> None:
         """Take the bar away."""

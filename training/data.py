@@ -30,7 +30,7 @@ class DataConfig:
     """Images and how the model sees them."""
 
     name: str = option("digits", "digits, a folder with train/ and val/, hfds/..., torch/...")
-    root: str | None = option(None, "where a named data set lies or is cached")
+    root: str | None = option(None, "where a named data set lies or is cached", flag="data_root")
     batch_size: int = option(64, "images per step over all processes")
     img_size: int | None = option(None, "input side in pixels; none: the model's, 32 for digits")
     crop_pct: float | None = option(None, "evaluation: crop side / image side; none: the model's")

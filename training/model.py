@@ -17,6 +17,9 @@ from . import checkpoint
 from .config import option, require
 from .errors import UsageError
 
+# what timm, the hub's client and backbones.pretrained raise for names and weights
+UNUSABLE = (ValueError, TypeError, RuntimeError, OSError)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -69,7 +72,7 @@ def build_model(
         if config.checkpoint is not None:
             fresh = load_into(model, config.checkpoint)
             say(f"weights from {config.checkpoint}" + _fresh_note(fresh))
-    except (WeightsError, ValueError, TypeError) as error:
+    except UNUSABLE as error:
         raise UsageError(str(error)) from error
     return model
 

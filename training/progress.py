@@ -97,10 +97,12 @@ def epoch_line(row: Row, epochs: int) -> str:
     """
     left = row.seconds / row.epoch * (epochs - row.epoch)
     average = "" if row.top1_ema is None else f" (average {row.top1_ema:.2f} %)"
+    skipped = f"  {row.skipped} steps skipped" if row.skipped else ""
     return (
         f"epoch {row.epoch:>{len(str(epochs))}}/{epochs}  loss {row.train_loss:.3f}  "
         f"validation {row.val_loss:.3f}  top-1 {row.top1:.2f} %{average}  lr {row.lr:.1e}  "
         f"{row.images_per_s:.0f} images/s  waiting {row.wait_percent:.0f} %  left {duration(left)}"
+        f"{skipped}"
     )
 
 

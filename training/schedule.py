@@ -19,7 +19,12 @@ class ScheduleConfig:
     min_lr: float = option(1e-5, "learning rate at the end of the cosine")
     step_epochs: float = option(30.0, "step: epochs between two decays")
     step_decay: float = option(0.1, "step: factor of a decay")
-    per: str = option("step", "update the rate per step or per epoch", choices=("step", "epoch"))
+    per: str = option(
+        "step",
+        "how often the learning rate changes",
+        flag="schedule_per",
+        choices=("step", "epoch"),
+    )
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"--epochs must be at least 1, not {self.epochs}")

@@ -121,7 +121,7 @@ def _open_named(data: str, root: str | None, split: str) -> Source:
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UsageError(
-            f"cannot open {data} ({split}): {reason}; --root says where it is"
+            f"cannot open {data} ({split}): {reason}; --data-root says where it is"
         ) from None
     if data.startswith("torch/"):
         return _Torchvision(dataset, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -243,7 +244,8 @@ class Trainer:
         self.console.say(epoch_line(row, self.config.schedule.epochs))
         if self.world.first:
             self.folder.add_row(row)
-        self._save()
+        if math.isfinite(row.val_loss):
+            self._save(proven=True)
         if self.world.first and time.monotonic() - self._drawn_at > _DRAW_EVERY:
             self._draw()
 
@@ -266,9 +268,9 @@ class Trainer:
             f"same command and --out {self.folder.path}"
         )
 
-    def _save(self) -> None:
-        # weights amid non-finite steps are suspect: the last good checkpoint stays
-        if not self.world.first or self.progress.streak:
+    def _save(self, *, proven: bool = False) -> None:
+        # what led to a non-finite step may be in the weights: the last good checkpoint stays
+        if not self.world.first or (self.progress.streak and not proven):
             return
         meta: dict[str, Any] = {
             "progress": dataclasses.asdict(self.progress),

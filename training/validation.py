@@ -12,8 +12,6 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from backbones.pretrained import WeightsError
-
 from . import checkpoint
 from .augment import View
 from .config import Parsed, option, settings
@@ -21,6 +19,7 @@ from .data import DataConfig, resolve_view
 from .errors import StorageError, UsageError
 from .evaluate import Evaluator, Score
 from .model import (
+    UNUSABLE,
     ModelConfig,
     checkpoint_folder,
     count_parameters,
@@ -110,7 +109,7 @@ def validate_model(parsed: Parsed[ValidateConfig], world: World) -> None:
 
 def _load_model(config: ValidateConfig, source: Source) -> nn.Module:
     chosen, classes = config.model, source.classes
-    width = chosen.num_classes or (len(classes) if classes and not chosen.pretrained else None)
+    width = None if chosen.pretrained else len(classes) if classes else chosen.num_classes
     if not chosen.pretrained and not chosen.checkpoint:
         raise UsageError("nothing to evaluate: use --checkpoint RUN_OR_FILE, or --pretrained")
     try:
@@ -118,7 +117,7 @@ def _load_model(config: ValidateConfig, source: Source) -> nn.Module:
         fit_input_size(model, resolve_view(config.data, model).size)
         if chosen.checkpoint:
             _fill(model, chosen.checkpoint, config.result.ema, classes)
-    except (WeightsError, ValueError, TypeError) as error:
+    except UNUSABLE as error:
         raise UsageError(str(error)) from error
     outputs = getattr(model, "num_classes", None)
     if classes and outputs != len(classes):
@@ -132,8 +131,8 @@ def _fill(model: nn.Module, location: str, ema: bool, classes: tuple[str, ...] |
     fresh = load_into(model, location, ema=ema)
     if fresh:
         raise UsageError(
-            f"{location} has no {fresh[0]} for this number of classes: evaluate it on the data it "
-            "was trained for, or set --num-classes"
+            f"{location} has no {fresh[0]} for the classes of the data: evaluate it on the data it "
+            "was trained for"
         )
     folder = checkpoint_folder(location)
     trained = checkpoint.read_meta(folder)["classes"] if folder else []
