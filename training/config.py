@@ -272,20 +272,13 @@ def _as_type(kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         parts = value.split(",") if isinstance(value, str) else value
         return tuple(_as_type(typing.get_args(kind)[0], part) for part in parts)
-    if kind is bool:
-        if isinstance(value, str):
-            return {"true": True, "false": False}[value.lower()] if value.lower() in (
-                "true", "false") else _refuse(value)  # fmt: skip
-        return value if isinstance(value, bool) else _refuse(value)
-    if isinstance(value, bool) or (kind is int and isinstance(value, float)):
-        return _refuse(value)
-    if kind is str and not isinstance(value, str):
-        return _refuse(value)
+    if isinstance(value, str) and kind is bool:
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    # YAML reads 1e-3 as text and 1 as an integer
+    fits = type(value) is kind or isinstance(value, str) or (kind is float and type(value) is int)
+    if not fits or (kind is bool and isinstance(value, str)):
+        raise ValueError(value)
     return kind(value)
-
-
-def _refuse(value: Any) -> typing.NoReturn:
-    raise ValueError(value)
 
 
 def _assemble(schema: type[Schema], values: Mapping[str, Any]) -> Schema:

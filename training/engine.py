@@ -177,7 +177,7 @@ class Engine:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self._scaler.step(self.optimizer)
         if self.ema is not None:
-            self.ema.update(self.model, step=step)
+            self.ema.update(self.model, step=step + 1)
 
     def _save_buffers(self) -> Tensor | None:
         if not self._buffers:

@@ -111,4 +111,4 @@ class Evaluator:
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         counts = [best[:, 0].sum(), best.sum(), loss, torch.tensor(len(labels), device=device)]
-        return torch.stack([count.double() for count in counts]).cpu()
+        return torch.stack([count.float() for count in counts]).cpu().double()

@@ -53,6 +53,17 @@ def test_a_step_trains_and_the_average_follows():
     assert not torch.equal(weight, average) and torch.allclose(weight, average, atol=0.2)
 
 
+def test_the_average_warms_up_by_the_number_of_the_step():
+    engine = _engine(_model(), "--ema-decay", "0.9999")
+    _step(engine, 0)
+    for weight, average in zip(
+        engine.model.parameters(), engine.ema.module.parameters(), strict=True
+    ):
+        assert torch.equal(weight, average)
+    _step(engine, 1)
+    assert not torch.equal(engine.model[0].weight, engine.ema.module[0].weight)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_batch_leaves_no_trace(value):
     engine = _engine(_model(), "--ema-decay", "0.9")

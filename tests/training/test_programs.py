@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -39,10 +42,11 @@ def test_train_then_validate(tmp_path):
 
 def test_a_terminal_shows_a_bar(tmp_path):
     leader, follower = pty.openpty()
-    environment = {**os.environ, **ENVIRONMENT, "COLUMNS": "100"}
+    rows_and_columns = struct.pack("HHHH", 30, 100, 0, 0)
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, rows_and_columns)
     process = subprocess.Popen(
         [sys.executable, TRAIN, *QUICK, "--processes", "1"],
-        cwd=tmp_path, stdout=follower, stderr=follower, env=environment,
+        cwd=tmp_path, stdout=follower, stderr=follower, env=os.environ | ENVIRONMENT,
     )  # fmt: skip
     os.close(follower)
     shown, end = b"", time.monotonic() + 120

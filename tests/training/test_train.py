@@ -125,6 +125,16 @@ def test_a_signal_saves_and_nothing_is_lost(whole, tmp_path, number):
     _same(folder, tmp_path / "out")
 
 
+def test_a_signal_is_heard_at_the_next_step(tmp_path):
+    argv = ["--model", "test_byobnet", "--batch-size", "8", "--checkpoint-every", "2", *ONE]
+    first = Run(train, [*argv, "--out", "out"], tmp_path)
+    first.wait_for(tmp_path / "out" / "ckpt" / "step-00000002")
+    os.kill(first.process.pid, signal.SIGTERM)
+    assert first.finish().code == 75
+    # an epoch has 179 steps
+    assert _status(tmp_path / "out")["step"] < 100
+
+
 def test_a_finished_run_is_only_told_again(whole, tmp_path):
     folder, processes, done = whole
     before = _metrics(folder)

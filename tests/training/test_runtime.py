@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from backbones.training.config import parse
+from backbones.training.errors import UsageError
+from backbones.training.runtime import World, join, run_processes
+from backbones.training.trainer import TrainConfig
+from tests.support.runs import Run
+
+
+def _config(*argv):
+    return parse(TrainConfig, argv, program="train.py").config.runtime
+
+
+def _ask_everything(folder):
+    with join(_config("--device", "cpu")) as world:
+        norm = nn.BatchNorm1d(4)
+        norm.running_mean += 10.0 * (world.rank + 1)
+        world.share_buffers(norm)
+        answers = {
+            "size": world.size,
+            "threads": torch.get_num_threads(),
+            "sum": world.sum([0.5, world.rank]),
+            "share": world.share(f"from {world.rank}"),
+            "gather": world.gather({"rank": world.rank}),
+            "mean": norm.running_mean.tolist(),
+        }
+        (folder / f"{world.rank}.json").write_text(json.dumps(answers))
+    return 0
+
+
+def _run(folder, processes, batch_size=64):
+    config = _config("--device", "cpu", *processes)
+    program = lambda _: run_processes(lambda: _ask_everything(folder), config, batch_size)  # noqa: E731
+    done = Run(program, [], folder).finish(60)
+    assert done.code == 0, done.err
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_agree(tmp_path, size):
+    answers = _run(tmp_path, ["--processes", str(size)])
+    expected = {
+        "size": size,
+        "threads": 1,
+        "sum": [0.5 * size, sum(range(size))],
+        "share": "from 0",
+        "gather": [{"rank": rank} for rank in range(size)],
+        "mean": [10.0] * 4,
+    }
+    assert answers == [expected] * size
+
+
+def test_two_cores_are_used_by_default_if_the_batch_can_be_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    for name, batch_size, size in (("even", 64, 2), ("odd", 63, 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        assert len(_run(folder, [], batch_size)) == size
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    assert len(_run(tmp_path, [])) == 1
+
+
+def test_one_process_needs_no_group():
+    world = World(torch.device("cpu"))
+    assert (world.sum([1.0, 2.0]), world.share("x"), world.gather(3)) == ([1.0, 2.0], "x", [3])
+    assert str(world) == "1 process on cpu" and world.first
+
+
+def test_precision_follows_the_device():
+    cpu = torch.device("cpu")
+    assert _config().precision(cpu) is None
+    assert _config("--amp", "bf16").precision(cpu) is torch.bfloat16
+    assert _config("--amp", "fp16").precision(cpu) is torch.float16
+    assert _config("--amp", "none").precision(cpu) is None
+
+
+def test_an_absent_device_is_named():
+    if torch.xpu.is_available():
+        pytest.skip("this machine has one")
+    with (
+        pytest.raises(UsageError, match="this machine has no xpu device: use --device cpu"),
+        join(_config("--device", "xpu")),
+    ):
+        pass
