@@ -20,7 +20,6 @@ from timm.layers import (
     GroupNorm1,
     SelectAdaptivePool2d,
     SqueezeExcite,
-    get_device_dtype,
     is_exportable,
 )
 from timm.models import checkpoint_seq
@@ -284,7 +283,8 @@ class SHViT(Backbone):
             global_pool: Pooling before it, "" for none; None keeps the current one.
         """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self._set_head(num_classes, pool, **get_device_dtype(self))
+        like = next(self.parameters())
+        self._set_head(num_classes, pool, device=like.device, dtype=like.dtype)
         for module in (self.global_pool, self.flatten, self.head):
             module.train(self.training)
 

@@ -108,12 +108,12 @@ def test_saved_model_comes_back_from_a_folder(tmp_path):
     import torch
     from timm.models import save_for_hf
 
-    model = backbones.create_model("shvit_s1", num_classes=3, in_chans=1).eval()
+    model = backbones.create_model("shvit_s1", num_classes=3).eval()
     save_for_hf(model, tmp_path, safe_serialization=True)
     assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "shvit_s1"
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert type(again) is backbones.SHViT
-    x = torch.randn(1, 1, 64, 64)
+    x = torch.randn(1, 3, 64, 64)
     assert torch.equal(again(x), model(x))
     assert "state_dict" not in again.pretrained_cfg
     assert again.pretrained_cfg["source"] == "local-dir"

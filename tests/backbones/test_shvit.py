@@ -7,6 +7,7 @@ import timm
 import timm.models
 import torch
 from timm.models._features import FeatureGetterNet
+from timm.utils import reparameterize_model
 from torch import nn
 
 import backbones
@@ -130,7 +131,7 @@ def test_fuse_is_exact(name):
 @torch.no_grad()
 def test_timms_reparameterization_is_fuse(small):
     x = golden.image((1, 3, 64, 96))
-    fused = timm.models.reparameterize_model(small)
+    fused = reparameterize_model(small)
     assert "head.weight" in fused.state_dict()
     assert relative_error(fused(x), small(x)) < 1e-11
 
