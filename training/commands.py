@@ -8,7 +8,8 @@ from typing import TypeVar
 from .config import Parsed, parse, to_yaml
 from .errors import run_command
 from .runtime import World, join, run_processes
-from .trainer import TrainConfig, Trainer
+from .train_config import TrainConfig
+from .trainer import Trainer
 from .validation import ValidateConfig, checkpoint_settings, validate_model
 
 Config = TypeVar("Config", TrainConfig, ValidateConfig)

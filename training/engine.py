@@ -12,19 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .augment import AugmentConfig, BatchMixer
+from .augment import BatchMixer
 from .checkpoint import Checkpoint
 from .data import Batch
 from .keys import key, seed_step
-from .optim import (
-    EmaConfig,
-    OptimConfig,
-    clip_gradients,
-    gradient_norm,
-    make_ema,
-    make_optimizer,
-)
+from .optim import clip_gradients, gradient_norm, make_ema, make_optimizer
 from .runtime import RuntimeConfig, World
+from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -50,31 +44,20 @@ class Engine:
     Args:
         model: on its device.
         num_classes: width of the classifier.
-        augment: mixing and smoothing.
-        optim: optimizer and clipping.
-        ema: moving average.
-        runtime: precision, layout, compilation.
+        config: the settings of the run.
         world: the processes.
-        seed: seed of the run.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        num_classes: int,
-        augment: AugmentConfig,
-        optim: OptimConfig,
-        ema: EmaConfig,
-        runtime: RuntimeConfig,
-        world: World,
-        seed: int,
+        self, model: nn.Module, num_classes: int, config: TrainConfig, world: World
     ) -> None:
+        runtime, augment = config.runtime, config.augment
         self.model = model
-        self.optim = optim
         self.world = world
-        self.ema = make_ema(ema, model)
-        self.optimizer = make_optimizer(optim, model)
-        self._seed = seed
+        self.optim = config.optim
+        self.ema = make_ema(config.ema, model)
+        self.optimizer = make_optimizer(config.optim, model)
+        self._seed = config.run.seed
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         self._precision = runtime.precision(world.device)

@@ -6,19 +6,17 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .augment import AugmentConfig, train_transform
+from .augment import train_transform
 from .config import Parsed, require, to_dict, to_yaml
 from .console import Console, StopRequest
 from .curves import draw_curves
 from .data import (
     BadFiles,
     Batch,
-    DataConfig,
     class_count,
     make_loader,
     open_splits,
@@ -29,34 +27,19 @@ from .errors import DivergedError, InterruptedRunError, RunError, UsageError
 from .evaluate import Evaluator
 from .keys import key, seed_step
 from .model import (
-    TrainModelConfig,
     build_model,
     count_parameters,
     fit_input_size,
     to_device,
 )
-from .optim import EmaConfig, OptimConfig
 from .progress import Progress, epoch_line, make_row, result_line
-from .run_folder import RunConfig, RunFolder, new_run_path
-from .runtime import RuntimeConfig, World, versions
+from .run_folder import RunFolder, new_run_path
+from .runtime import World, versions
 from .sampler import TrainBatches, TrainOrder
-from .schedule import ScheduleConfig, learning_rate
+from .schedule import learning_rate
+from .train_config import TrainConfig
 
 _DRAW_EVERY = 60.0
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All settings of `train.py`."""
-
-    model: TrainModelConfig
-    data: DataConfig
-    augment: AugmentConfig
-    optim: OptimConfig
-    schedule: ScheduleConfig
-    ema: EmaConfig
-    runtime: RuntimeConfig
-    run: RunConfig
 
 
 class Trainer:
@@ -118,16 +101,7 @@ class Trainer:
             f"mixup and cutmix need an even number of images per process, not {batches.size}: "
             "change --batch-size",
         )
-        self.engine = Engine(
-            model,
-            self.num_classes,
-            config.augment,
-            config.optim,
-            config.ema,
-            config.runtime,
-            world,
-            config.run.seed,
-        )
+        self.engine = Engine(model, self.num_classes, config, world)
         self.evaluator = Evaluator(self.splits.val, self.view, config.data, config.runtime, world)
         self.bad = BadFiles(self.splits.train, config.data.max_bad)
 

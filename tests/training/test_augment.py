@@ -16,7 +16,7 @@ from backbones.training.augment import (
 )
 from backbones.training.config import parse
 from backbones.training.keys import seed_host
-from backbones.training.trainer import TrainConfig
+from backbones.training.train_config import TrainConfig
 
 VIEW = View(32, (0.5,) * 3, (0.25,) * 3, "bicubic", 0.875)
 

@@ -5,7 +5,7 @@ import yaml
 
 from backbones.training.config import parse, settings, to_dict, to_yaml
 from backbones.training.errors import UsageError
-from backbones.training.trainer import TrainConfig
+from backbones.training.train_config import TrainConfig
 
 
 def _parse(*argv, **arguments):

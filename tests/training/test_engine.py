@@ -9,7 +9,7 @@ from torch import nn
 from backbones.training.config import parse
 from backbones.training.engine import Engine
 from backbones.training.runtime import World
-from backbones.training.trainer import TrainConfig
+from backbones.training.train_config import TrainConfig
 
 
 def _model(norm: bool = True) -> nn.Module:
@@ -21,9 +21,7 @@ def _model(norm: bool = True) -> nn.Module:
 def _engine(model: nn.Module, *argv: str) -> Engine:
     config = parse(TrainConfig, argv, program="train.py").config
     world = World(torch.device("cpu"))
-    return Engine(
-        model, 4, config.augment, config.optim, config.ema, config.runtime, world, config.run.seed
-    )
+    return Engine(model, 4, config, world)
 
 
 def _batch(seed: int = 0, size: int = 8):

@@ -12,7 +12,7 @@ from backbones.training.config import parse
 from backbones.training.errors import InterruptedRunError
 from backbones.training.evaluate import Evaluator
 from backbones.training.runtime import World
-from backbones.training.trainer import TrainConfig
+from backbones.training.train_config import TrainConfig
 
 VIEW = View(8, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
 

@@ -8,7 +8,7 @@ import torch
 import backbones
 from backbones.training.config import parse
 from backbones.training.schedule import learning_rate
-from backbones.training.trainer import TrainConfig
+from backbones.training.train_config import TrainConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 WEIGHT_DECAY = {"shvit_s1": 0.025, "shvit_s2": 0.032, "shvit_s3": 0.035, "shvit_s4": 0.03}

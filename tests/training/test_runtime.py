@@ -10,7 +10,7 @@ from torch import nn
 from backbones.training.config import parse
 from backbones.training.errors import UsageError
 from backbones.training.runtime import World, join, run_processes
-from backbones.training.trainer import TrainConfig
+from backbones.training.train_config import TrainConfig
 from tests.support.runs import Run
 
 
@@ -37,7 +37,10 @@ def _ask_everything(folder):
 
 def _run(folder, processes, batch_size=64):
     config = _config("--device", "cpu", *processes)
-    program = lambda _: run_processes(lambda: _ask_everything(folder), config, batch_size)  # noqa: E731
+
+    def program(_):
+        return run_processes(lambda: _ask_everything(folder), config, batch_size)
+
     done = Run(program, [], folder).finish(60)
     assert done.code == 0, done.err
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
