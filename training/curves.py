@@ -31,11 +31,12 @@ def draw_curves(rows: Sequence[Row], title: str, path: Path) -> None:
     _line(loss, epochs, [row.train_loss for row in rows], "training", _BLUE)
     _line(loss, epochs, [row.val_loss for row in rows], "validation", _ORANGE)
     _line(accuracy, epochs, [row.top1 for row in rows], "model", _ORANGE)
-    if rows and rows[0].top1_ema is not None:
+    averaged = any(row.top1_ema is not None for row in rows)
+    if averaged:
         _line(accuracy, epochs, [row.top1_ema for row in rows], "average of weights", _BLUE)
     _line(rate, epochs, [row.lr for row in rows], None, _GREY)
     _finish(loss, "loss (nats)", legend=True)
-    _finish(accuracy, "top-1 (%)", legend=True)
+    _finish(accuracy, "top-1 (%)", legend=averaged)
     _finish(rate, "learning rate", legend=False)
     if rows:
         _mark_best(accuracy, rows)
