@@ -60,11 +60,11 @@ class View:
     """How a model sees an image.
 
     Args:
-        size: side of the square input, pixels.
-        mean: per channel, of values in 0..1.
-        std: per channel, of values in 0..1.
-        interpolation: bilinear, bicubic, ...
-        crop_pct: side of the centre crop over side of the resized image.
+        size: Side of the square input, pixels.
+        mean: Per channel, of values in 0..1.
+        std: Per channel, of values in 0..1.
+        interpolation: Bilinear, bicubic, ...
+        crop_pct: Side of the centre crop over side of the resized image.
     """
 
     size: int
@@ -89,9 +89,9 @@ def train_transform(config: AugmentConfig, view: View, *, affine: bool) -> Trans
     """A random view of an RGB image, `(3, size, size)`, drawn from the global generators.
 
     Args:
-        config: which randomness.
-        view: how the model sees an image.
-        affine: what `auto` geometry means.
+        config: Which randomness.
+        view: How the model sees an image.
+        affine: What `auto` geometry means.
     """
     if config.geometry == "affine" or (config.geometry == "auto" and affine):
         return _affine_transform(view)
@@ -127,8 +127,8 @@ class BatchMixer:
     """Mixup and cutmix of a batch, and soft targets.
 
     Args:
-        config: strengths and probabilities.
-        num_classes: width of the targets.
+        config: Strengths and probabilities.
+        num_classes: Width of the targets.
     """
 
     def __init__(self, config: AugmentConfig, num_classes: int) -> None:
@@ -147,7 +147,7 @@ class BatchMixer:
         Args:
             images: `(B, 3, H, W)`, B even.
             labels: `(B,)`, class numbers.
-            seed: key of this batch.
+            seed: Key of this batch.
 
         Returns:
             The images and the targets, `(B, num_classes)`.

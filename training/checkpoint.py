@@ -34,10 +34,10 @@ class Checkpoint:
     """What a checkpoint holds.
 
     Args:
-        model: state dict.
-        ema: state dict of the average, if there is one.
-        optim: states of the optimizer and of the gradient scaler.
-        meta: everything else, plain JSON values.
+        model: State dict.
+        ema: State dict of the average, if there is one.
+        optim: States of the optimizer and of the gradient scaler.
+        meta: Everything else, plain JSON values.
     """
 
     model: Mapping[str, Tensor]
@@ -50,15 +50,15 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint; when this returns, it is on the disk.
 
     Args:
-        folder: the checkpoints of the run.
-        step: steps done.
-        checkpoint: what to write.
+        folder: The checkpoints of the run.
+        step: Steps done.
+        checkpoint: What to write.
 
     Returns:
         The new folder.
 
     Raises:
-        OSError: the disk is full or cannot be written; the older checkpoints are untouched.
+        OSError: The disk is full or cannot be written; the older checkpoints are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
@@ -93,7 +93,7 @@ def load(path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
     Raises:
-        UsageError: a file is missing, cut off or changed.
+        UsageError: A file is missing, cut off or changed.
     """
     meta = read_meta(path)
     data = {name: _read_verified(path / name, entry) for name, entry in meta["files"].items()}
@@ -110,7 +110,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     """The `meta.json` of a checkpoint.
 
     Raises:
-        UsageError: it is missing, damaged or of another format.
+        UsageError: It is missing, damaged or of another format.
     """
     try:
         meta = json.loads((path / META).read_text())

@@ -19,7 +19,7 @@ def train(argv: Sequence[str]) -> int:
     """Run `train.py`.
 
     Args:
-        argv: the command line without the program.
+        argv: The command line without the program.
 
     Returns:
         The exit code, see `errors`.
@@ -35,7 +35,7 @@ def validate(argv: Sequence[str]) -> int:
     """Run `validate.py`.
 
     Args:
-        argv: the command line without the program.
+        argv: The command line without the program.
 
     Returns:
         The exit code, see `errors`.

@@ -36,11 +36,11 @@ def option(
     """Declare a setting of a group.
 
     Args:
-        default: its value when nobody sets it.
-        help: one line for `--help`.
-        flag: its name on the command line, where that of the field says too little.
-        choices: the allowed values, all when empty.
-        may_change: a resumed run may use another value, because no result depends on it.
+        default: Its value when nobody sets it.
+        help: One line for `--help`.
+        flag: Its name on the command line, where that of the field says too little.
+        choices: The allowed values, all when empty.
+        may_change: A resumed run may use another value, because no result depends on it.
     """
     metadata = {"help": help, "alias": flag, "choices": tuple(choices), "may_change": may_change}
     return field(default=default, metadata=metadata)
@@ -110,13 +110,13 @@ def parse(
     """Merge the defaults, `base`, the recipes from left to right, and the command line.
 
     Args:
-        schema: the dataclass of groups.
-        argv: recipes (`*.yaml`), `group.key=value` pairs and flags.
-        program: what the help text calls the program.
-        base: full names and values that lie above the defaults, e.g. from a run folder.
+        schema: The dataclass of groups.
+        argv: Recipes (`*.yaml`), `group.key=value` pairs and flags.
+        program: What the help text calls the program.
+        base: Full names and values that lie above the defaults, e.g. from a run folder.
 
     Raises:
-        UsageError: an unknown key, flag or recipe, with the nearest valid names; a wrong value.
+        UsageError: An unknown key, flag or recipe, with the nearest valid names; a wrong value.
     """
     known = settings(schema)
     recipes, overrides = _read_command_line(known, argv, program)
@@ -136,11 +136,11 @@ def read_recipe(name: str | Path, known: Mapping[str, Setting]) -> dict[str, Any
     """The settings of a YAML file by full name.
 
     Args:
-        name: path of the file.
-        known: the settings of the schema.
+        name: Path of the file.
+        known: The settings of the schema.
 
     Raises:
-        UsageError: no such file, not a mapping of groups, or an unknown key.
+        UsageError: No such file, not a mapping of groups, or an unknown key.
     """
     path = Path(name)
     if not path.is_file():

@@ -14,8 +14,8 @@ class Console:
     """Lines on stdout and a progress bar on a terminal.
 
     Args:
-        active: whether this process speaks.
-        total: steps of an epoch.
+        active: Whether this process speaks.
+        total: Steps of an epoch.
     """
 
     def __init__(self, active: bool, total: int) -> None:

@@ -15,8 +15,8 @@ def draw_curves(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draw loss, top-1 accuracy and learning rate over the epochs.
 
     Args:
-        rows: one per epoch.
-        title: above the picture.
+        rows: One per epoch.
+        title: Above the picture.
         path: PNG file to write.
     """
     # imported here: a second of start-up that most processes do not need

@@ -19,7 +19,7 @@ from .errors import UsageError
 from .keys import key, seed_host
 from .runtime import World
 from .sampler import Sample
-from .sources import Source, open_source
+from .sources import Source, open_source, read_image
 
 Batch = tuple[Tensor, Tensor, Tensor]
 _TRIES = 10
@@ -29,7 +29,9 @@ _TRIES = 10
 class DataConfig:
     """Images and how the model sees them."""
 
-    name: str = option("digits", "digits, a folder with train/ and val/, hfds/..., torch/...")
+    name: str = option(
+        "digits", "digits, a folder with train/ and val/, or hfds/..., tfds/..., torch/..., wds/..."
+    )
     root: str | None = option(None, "where a named data set lies or is cached", flag="data_root")
     batch_size: int = option(64, "images per step over all processes")
     img_size: int | None = option(None, "input side in pixels; none: the model's, 32 for digits")
@@ -72,7 +74,7 @@ def open_splits(config: DataConfig) -> Splits:
     """Open the training and the held-out images.
 
     Raises:
-        UsageError: nothing there, or the two halves have different classes.
+        UsageError: Nothing there, or the two halves have different classes.
     """
     train = open_source(config.name, config.root, "train")
     val = open_source(config.name, config.root, "val")
@@ -106,9 +108,9 @@ class KeyedDataset(Dataset[Any]):
     An unreadable image is replaced by another one that depends on the same key.
 
     Args:
-        source: the images.
-        transform: a random view, drawn from the global generators.
-        seed: seed of the run.
+        source: The images.
+        transform: A random view, drawn from the global generators.
+        seed: Seed of the run.
     """
 
     def __init__(self, source: Source, transform: Transform, seed: int) -> None:
@@ -122,7 +124,7 @@ class KeyedDataset(Dataset[Any]):
         for attempt in range(_TRIES):
             index = sample.image if attempt == 0 else self._replacement(sample, attempt)
             try:
-                image, label = self.source.load(index)
+                image, label = read_image(self.source, index)
             except Exception:
                 failed = sample.image
                 continue
@@ -156,7 +158,7 @@ def class_count(splits: Splits, asked: int | None) -> int:
     """The width of the classifier: what is asked for, or what the data has.
 
     Raises:
-        UsageError: the two differ, or neither is known.
+        UsageError: The two differ, or neither is known.
     """
     known = len(splits.classes) if splits.classes else asked
     if known is None:
@@ -166,12 +168,26 @@ def class_count(splits: Splits, asked: int | None) -> int:
     return known
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Make sure that a batch of labels `(B,)` fits the classifier, before it fails obscurely.
+
+    Raises:
+        UsageError: A label is not below `num_classes`.
+    """
+    largest = int(labels.max())
+    if largest >= num_classes:
+        raise UsageError(
+            f"an image is of class {largest}, but the model has {num_classes} classes, from 0 on: "
+            f"use --num-classes {largest + 1} or more"
+        )
+
+
 class BadFiles:
     """The images that could not be read.
 
     Args:
-        source: the images.
-        max_share: the largest share of them that may fail.
+        source: The images.
+        max_share: The largest share of them that may fail.
     """
 
     def __init__(self, source: Source, max_share: float) -> None:
@@ -190,7 +206,7 @@ class BadFiles:
 
     def _reason(self, index: int) -> str:
         try:
-            self.source.load(index)
+            read_image(self.source, index)
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
         return "readable again"

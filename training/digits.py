@@ -20,7 +20,7 @@ class Digits:
     """The training or the held-out part of the digits.
 
     Args:
-        train: the 1,437 training images, else the 360 held-out ones.
+        train: The 1,437 training images, else the 360 held-out ones.
     """
 
     classes = tuple("0123456789")

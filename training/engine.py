@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .augment import BatchMixer
 from .checkpoint import Checkpoint
-from .data import Batch
+from .data import Batch, check_labels
 from .keys import key, seed_step
 from .optim import clip_gradients, gradient_norm, make_ema, make_optimizer
 from .runtime import RuntimeConfig, World
@@ -26,10 +26,10 @@ class Agreement:
     """What all processes know after a backward pass.
 
     Args:
-        loss: mean over the processes, 0 where it is not finite.
-        finite: every loss and gradient is finite, so the step was taken.
-        stop: some process was asked to stop.
-        bad: unreadable images so far, mean over the processes.
+        loss: Mean over the processes, 0 where it is not finite.
+        finite: Every loss and gradient is finite, so the step was taken.
+        stop: Some process was asked to stop.
+        bad: Unreadable images so far, mean over the processes.
     """
 
     loss: float
@@ -42,10 +42,10 @@ class Engine:
     """The model in training, its optimizer and its average.
 
     Args:
-        model: on its device.
-        num_classes: width of the classifier.
-        config: the settings of the run.
-        world: the processes.
+        model: On its device.
+        num_classes: Width of the classifier.
+        config: The settings of the run.
+        world: The processes.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Engine:
     ) -> None:
         runtime, augment = config.runtime, config.augment
         self.model = model
+        self.num_classes = num_classes
         self.world = world
         self.optim = config.optim
         self.ema = make_ema(config.ema, model)
@@ -74,11 +75,11 @@ class Engine:
         """Take one step, or none on any process if the loss or a gradient of one is not finite.
 
         Args:
-            batches: the micro-batches of this process.
-            step: number of the step, from 0.
-            lr: learning rate.
-            stop: whether this process was asked to stop.
-            bad: unreadable images this process has met.
+            batches: The micro-batches of this process.
+            step: Number of the step, from 0.
+            lr: Learning rate.
+            stop: Whether this process was asked to stop.
+            bad: Unreadable images this process has met.
         """
         saved = self._save_buffers()
         self.optimizer.zero_grad(set_to_none=True)
@@ -131,6 +132,7 @@ class Engine:
         return torch.stack(losses).sum()
 
     def _loss(self, images: Tensor, labels: Tensor, place: tuple[int, int, int]) -> Tensor:
+        check_labels(labels, self.num_classes)
         device = self.world.device
         inputs = images.to(device, non_blocking=True, memory_format=self._layout)
         targets = labels.to(device, non_blocking=True)

@@ -67,7 +67,7 @@ def run_command(command: Callable[[], None]) -> int:
     Only the first process of a distributed run prints; an unexpected error keeps its traceback.
 
     Args:
-        command: the program, already given its arguments.
+        command: The program, already given its arguments.
     """
     try:
         command()

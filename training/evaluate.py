@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .augment import View, eval_transform
-from .data import BadFiles, Batch, DataConfig, make_loader
+from .data import BadFiles, Batch, DataConfig, check_labels, make_loader
 from .errors import InterruptedRunError
 from .runtime import RuntimeConfig, World
 from .sampler import EvalBatches
@@ -23,10 +23,10 @@ class Score:
     """Counts over a data set.
 
     Args:
-        top1: images whose best class is right.
-        top5: images whose right class is among the best five.
-        loss: sum of the cross-entropies, nats.
-        images: images that could be read.
+        top1: Images whose best class is right.
+        top5: Images whose right class is among the best five.
+        loss: Sum of the cross-entropies, nats.
+        images: Images that could be read.
     """
 
     top1: int
@@ -54,11 +54,11 @@ class Evaluator:
     """Evaluates models on one data set.
 
     Args:
-        source: the images.
-        view: how the model sees them.
-        data: batch size and workers.
-        runtime: precision and layout.
-        world: the processes.
+        source: The images.
+        view: How the model sees them.
+        data: Batch size and workers.
+        runtime: Precision and layout.
+        world: The processes.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Evaluator:
         """Evaluate `model`, the same weights on every process.
 
         Args:
-            model: maps `(B, 3, H, W)` to `(B, classes)`.
-            stop: asked before each batch whether to give up.
+            model: Maps `(B, 3, H, W)` to `(B, classes)`.
+            stop: Asked before each batch whether to give up.
 
         Raises:
-            InterruptedRunError: some process was asked to stop.
+            InterruptedRunError: Some process was asked to stop.
         """
         was_training = model.training
         model.eval()
@@ -107,6 +107,7 @@ class Evaluator:
         inputs = images.to(device, non_blocking=True, memory_format=self._layout)
         with torch.autocast(device.type, self._precision, enabled=self._precision is not None):
             logits = model(inputs)
+        check_labels(labels, logits.shape[1])
         logits, labels = logits.float()[failed < 0], labels.to(device)[failed < 0]
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")

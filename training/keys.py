@@ -18,8 +18,8 @@ def key(seed: int, *place: int | str) -> int:
     """The 64-bit seed of one random choice.
 
     Args:
-        seed: the seed of the run.
-        place: what is chosen and where, e.g. `("augment", epoch, index)`.
+        seed: The seed of the run.
+        place: What is chosen and where, e.g. `("augment", epoch, index)`.
     """
     digest = hashlib.blake2b(repr((seed, *place)).encode()).digest()
     return int.from_bytes(digest[:8], "little")

@@ -53,12 +53,12 @@ def build_model(
     """Build the model and load its first weights.
 
     Args:
-        config: which model and weights.
-        num_classes: width of the classifier.
-        say: told in one line what was loaded, and what was not.
+        config: Which model and weights.
+        num_classes: Width of the classifier.
+        say: Told in one line what was loaded, and what was not.
 
     Raises:
-        UsageError: an unknown name, or weights that cannot be had or do not fit.
+        UsageError: An unknown name, or weights that cannot be had or do not fit.
     """
     try:
         model: Any = create(
@@ -86,7 +86,7 @@ def fit_input_size(model: Any, img_size: int) -> None:
     """Tell models that must know it the input side in pixels.
 
     Raises:
-        UsageError: the model cannot take this size.
+        UsageError: The model cannot take this size.
     """
     if not hasattr(model, "set_input_size"):
         return
@@ -100,15 +100,15 @@ def load_into(model: nn.Module, location: str, *, ema: bool = False) -> list[str
     """Load weights into `model`; a classifier of another width keeps its fresh values.
 
     Args:
-        model: what to fill.
-        location: a weight file, a run or checkpoint folder, a URL, or `hf-hub:org/repo`.
-        ema: take the moving average where there is one.
+        model: What to fill.
+        location: A weight file, a run or checkpoint folder, a URL, or `hf-hub:org/repo`.
+        ema: Take the moving average where there is one.
 
     Returns:
         The tensors that were not loaded: those of the classifier, or none.
 
     Raises:
-        WeightsError: the weights cannot be found, read or fitted to the model.
+        WeightsError: The weights cannot be found, read or fitted to the model.
     """
     given = _read(location, ema)
     if type(model).__module__.startswith("backbones."):

@@ -90,9 +90,9 @@ def clip_gradients(config: OptimConfig, parameters: Sequence[Tensor], norm: Tens
     """Clip in place.
 
     Args:
-        config: the limit and its meaning.
-        parameters: all of the model's, the classifier's too (agc).
-        norm: their `gradient_norm`.
+        config: The limit and its meaning.
+        parameters: All of the model's, the classifier's too (agc).
+        norm: Their `gradient_norm`.
     """
     if config.clip is None:
         return

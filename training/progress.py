@@ -18,17 +18,17 @@ class Progress:
     """Where the run is; saved with every checkpoint.
 
     Args:
-        step: steps done.
-        evaluated: the step whose weights were evaluated last.
-        skipped: steps left out because something was not finite.
-        streak: the last of them in a row.
-        best_top1: the best accuracy, percent, of the model or of its average.
-        best_step: where it was reached.
-        loss: sum of the losses of this epoch.
-        steps: steps of this epoch that were taken.
-        seconds: time of this epoch's steps.
-        wait: part of it spent waiting for data.
-        total_seconds: time of the whole run, evaluations included.
+        step: Steps done.
+        evaluated: The step whose weights were evaluated last.
+        skipped: Steps left out because something was not finite.
+        streak: The last of them in a row.
+        best_top1: The best accuracy, percent, of the model or of its average.
+        best_step: Where it was reached.
+        loss: Sum of the losses of this epoch.
+        steps: Steps of this epoch that were taken.
+        seconds: Time of this epoch's steps.
+        wait: Part of it spent waiting for data.
+        total_seconds: Time of the whole run, evaluations included.
     """
 
     step: int = 0
@@ -63,12 +63,12 @@ def make_row(
     """The row of `metrics.csv` for the epoch that has just been evaluated.
 
     Args:
-        progress: its sums.
-        order: its size.
-        lr: the last learning rate.
-        score: of the model.
-        averaged: of the average of its weights, if there is one.
-        bad: unreadable training images.
+        progress: Its sums.
+        order: Its size.
+        lr: The last learning rate.
+        score: Of the model.
+        averaged: Of the average of its weights, if there is one.
+        bad: Unreadable training images.
     """
     images = order.batch_size * order.steps_per_epoch
     return Row(
@@ -92,8 +92,8 @@ def epoch_line(row: Row, epochs: int) -> str:
     """One epoch in one line.
 
     Args:
-        row: the epoch.
-        epochs: how many there are.
+        row: The epoch.
+        epochs: How many there are.
     """
     left = row.seconds / row.epoch * (epochs - row.epoch)
     average = "" if row.top1_ema is None else f" (average {row.top1_ema:.2f} %)"
@@ -110,10 +110,10 @@ def result_line(row: Row, images: int, progress: Progress, folder: Path) -> str:
     """The whole run in one line.
 
     Args:
-        row: the last epoch.
-        images: held-out images.
-        progress: the best epoch and the time.
-        folder: where the files are.
+        row: The last epoch.
+        images: Held-out images.
+        progress: The best epoch and the time.
+        folder: Where the files are.
     """
     best = progress.best_step * row.epoch // row.step
     return (

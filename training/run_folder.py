@@ -60,7 +60,7 @@ class RunFolder:
     """Files of a run. Only the first process writes.
 
     Args:
-        path: the folder.
+        path: The folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class RunFolder:
         """Make the folder, and make sure that it can be written.
 
         Raises:
-            UsageError: it cannot.
+            UsageError: It cannot.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class RunFolder:
         """Make sure that the folder was begun with the same settings, as far as results go.
 
         Raises:
-            UsageError: it was begun with others; the message names them.
+            UsageError: It was begun with others; the message names them.
         """
         try:
             begun = yaml.safe_load((self.path / "config.yaml").read_text())
@@ -146,7 +146,7 @@ class RunFolder:
             Whether it worked; if not, an older checkpoint is there.
 
         Raises:
-            StorageError: it did not, and there is no older one.
+            StorageError: It did not, and there is no older one.
         """
         try:
             checkpoint.save(self.checkpoints, step, state)

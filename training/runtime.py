@@ -65,9 +65,9 @@ class World:
     """The processes of a run and this one among them.
 
     Args:
-        device: where this process computes.
-        rank: number of this process.
-        size: number of processes.
+        device: Where this process computes.
+        rank: Number of this process.
+        size: Number of processes.
     """
 
     device: torch.device
@@ -126,7 +126,7 @@ def join(config: RuntimeConfig) -> Iterator[World]:
     `MASTER_PORT`). CPUs talk through gloo, NVIDIA GPUs through NCCL.
 
     Raises:
-        UsageError: the device that is asked for is absent.
+        UsageError: The device that is asked for is absent.
     """
     device = _pick_device(config.device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -157,9 +157,9 @@ def run_processes(command: Callable[[], int], config: RuntimeConfig, batch_size:
     others are forked from it, follow it through the collectives, and die with it.
 
     Args:
-        command: the program of one process; returns its exit code.
-        config: how many processes are asked for.
-        batch_size: images per step, which the processes must be able to share.
+        command: The program of one process; returns its exit code.
+        config: How many processes are asked for.
+        batch_size: Images per step, which the processes must be able to share.
     """
     count = _process_count(config, batch_size)
     if count == 1:

@@ -25,10 +25,10 @@ class TrainOrder:
     """The order of a training run, the same for every number of processes.
 
     Args:
-        length: images in the data set.
-        batch_size: images per optimizer step, over all processes.
-        seed: seed of the run.
-        repeats: times an image follows itself; the epoch keeps its length, so that it shows
+        length: Images in the data set.
+        batch_size: Images per optimizer step, over all processes.
+        seed: Seed of the run.
+        repeats: Times an image follows itself; the epoch keeps its length, so that it shows
             `length / repeats` distinct images (repeated augmentation, Hoffer et al. 2019).
     """
 
@@ -64,12 +64,12 @@ class TrainBatches:
     Neighbours in the order go to different processes, so that the repeats of an image do too.
 
     Args:
-        order: the order of the run.
-        start: first step.
-        stop: the step after the last.
-        rank: this process.
-        world_size: number of processes.
-        accumulate: micro-batches per step.
+        order: The order of the run.
+        start: First step.
+        stop: The step after the last.
+        rank: This process.
+        world_size: Number of processes.
+        accumulate: Micro-batches per step.
     """
 
     order: TrainOrder
@@ -112,10 +112,10 @@ class EvalBatches:
     """The batches of one process over a whole data set: every image once, none repeated.
 
     Args:
-        length: images in the data set.
-        size: images of a batch.
-        rank: this process.
-        world_size: number of processes.
+        length: Images in the data set.
+        size: Images of a batch.
+        rank: This process.
+        world_size: Number of processes.
     """
 
     length: int

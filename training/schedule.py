@@ -42,10 +42,10 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoc
     the cosine spans all epochs, and the warm-up covers its beginning.
 
     Args:
-        config: the course.
-        peak: learning rate where the warm-up ends.
-        step: number of the step, from 0.
-        steps_per_epoch: steps of an epoch.
+        config: The course.
+        peak: Learning rate where the warm-up ends.
+        step: Number of the step, from 0.
+        steps_per_epoch: Steps of an epoch.
     """
     time = step // steps_per_epoch if config.per == "epoch" else step / steps_per_epoch
     if time < config.warmup_epochs:

@@ -101,7 +101,7 @@ def _samples(path: Path) -> Iterator[tuple[str, tarfile.TarInfo, int]]:
 
 def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """The members of each sample by their extension."""
-    current, members = "", {}
+    current, members = "", dict[str, tarfile.TarInfo]()
     for member in tar:
         folder, slash, file = member.name.rpartition("/")
         stem, _, extension = file.partition(".")

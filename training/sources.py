@@ -1,8 +1,7 @@
-"""Where images come from: the built-in digits, folders, and timm's data sets."""
+"""Where images come from: the built-in digits, folders, shards, and other libraries."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,17 @@ from timm.data import create_dataset
 
 from .digits import Digits
 from .errors import UsageError
+from .libraries import LIBRARIES, open_library
+from .shards import Shards, find_shards
 
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "validation", "valid", "test"),
 }
-_STREAMS = ("wds", "tfds", "hfids")
-_FORMS = "a folder with train/ and val/, a name such as hfds/user/name or torch/cifar10, or digits"
+_FORMS = (
+    "a folder with train/ and val/, hfds/user/name, tfds/name, torch/name, wds/name with "
+    "--data-root, or digits"
+)
 
 
 class Source(Protocol):
@@ -33,7 +36,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """The RGB image `index` and its class; any exception means that the file is unreadable."""
+        """The image `index` and its class; any exception means that the file is unreadable."""
 
     def name(self, index: int) -> str:
         """The file, or another name, of image `index`."""
@@ -44,22 +47,34 @@ def open_source(data: str, root: str | None, split: str) -> Source:
 
     Args:
         data: `digits`, a folder in ImageNet layout, or a data set name of timm's.
-        root: where a named data set lies or is cached.
+        root: Where a named data set lies or is cached.
         split: `train` or `val`.
 
     Raises:
-        UsageError: nothing there, no such split, no images, an empty class folder.
+        UsageError: Nothing there, no such split, no images, an empty class folder.
     """
     if data == "digits":
         return Digits(train=split == "train")
     kind, slash, _ = data.partition("/")
-    if slash and kind in _STREAMS and not Path(data).exists():
-        raise UsageError(
-            f"{data}: streams ({', '.join(_STREAMS)}) cannot be resumed exactly yet; use {_FORMS}"
-        )
-    if slash and kind in ("hfds", "torch") and not Path(data).exists():
-        return _open_named(data, root, split)
+    if not slash or Path(data).exists():
+        return _open_folder(Path(data), split)
+    if kind in LIBRARIES:
+        return open_library(data, root, SPLITS[split])
+    if kind == "wds":
+        return _open_shards(data, root, split)
+    if kind == "hfids":
+        raise UsageError(f"{data}: a stream cannot be resumed exactly; use hfds/ instead of hfids/")
     return _open_folder(Path(data), split)
+
+
+def read_image(source: Source, index: int) -> tuple[Image.Image, int]:
+    """Decode the image `index` of `source`; any exception means that the file is unreadable.
+
+    Returns:
+        The image in RGB, and its class.
+    """
+    image, label = source.load(index)
+    return to_rgb(image), label
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -84,48 +99,17 @@ class _Files:
     def load(self, index: int) -> tuple[Image.Image, int]:
         file, label = self.reader[index]
         with file, Image.open(file) as image:
-            return to_rgb(image), int(label)
+            image.load()
+            return image, int(label)
 
     def name(self, index: int) -> str:
         return self.reader.filename(index, absolute=True)
 
 
-@dataclass(frozen=True)
-class _Torchvision:
-    """One of torchvision's data sets."""
-
-    dataset: Any
-    title: str
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        names = getattr(self.dataset, "classes", None)
-        return None if names is None else tuple(map(str, names))
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.dataset[index]
-        return to_rgb(image), int(label)
-
-    def name(self, index: int) -> str:
-        return f"{self.title}[{index}]"
-
-
-def _open_named(data: str, root: str | None, split: str) -> Source:
-    if data.startswith("hfds/") and importlib.util.find_spec("datasets") is None:
-        raise UsageError(f"{data} needs the package datasets: pip install datasets")
-    try:
-        dataset = create_dataset(data, root=root, split="validation" if split == "val" else split)
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise UsageError(
-            f"cannot open {data} ({split}): {reason}; --data-root says where it is"
-        ) from None
-    if data.startswith("torch/"):
-        return _Torchvision(dataset, data)
-    return _Files(dataset.reader, _class_names(dataset.reader.class_to_idx))
+def _open_shards(data: str, root: str | None, split: str) -> Source:
+    if root is None or "://" in root:
+        raise UsageError(f"{data} needs --data-root FOLDER, where the shards lie on this machine")
+    return Shards(find_shards(Path(root), SPLITS[split]))
 
 
 def _open_folder(path: Path, split: str) -> Source:

@@ -46,8 +46,8 @@ class Trainer:
     """A run of `train.py` in one process of the world.
 
     Args:
-        parsed: the settings and their origins.
-        world: the processes.
+        parsed: The settings and their origins.
+        world: The processes.
     """
 
     def __init__(self, parsed: Parsed[TrainConfig], world: World) -> None:
@@ -74,8 +74,8 @@ class Trainer:
         """Train to the end.
 
         Raises:
-            InterruptedRunError: a signal came; the state is saved.
-            RunError: the run cannot go on; `status.json` says why.
+            InterruptedRunError: A signal came; the state is saved.
+            RunError: The run cannot go on; `status.json` says why.
         """
         self.folder = self._open_folder()
         self._resume()

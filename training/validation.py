@@ -56,7 +56,7 @@ def checkpoint_settings(location: str | None) -> dict[str, Any]:
     """What a checkpoint of ours says about its model and data, by the full names of settings.
 
     Args:
-        location: a run folder, a checkpoint folder, or a file in it; anything else says nothing.
+        location: A run folder, a checkpoint folder, or a file in it; anything else says nothing.
     """
     folder = checkpoint_folder(location) if location else None
     if folder is None:
@@ -78,8 +78,8 @@ def validate_model(parsed: Parsed[ValidateConfig], world: World) -> None:
     """Evaluate, print one line, write the JSON file.
 
     Raises:
-        UsageError: the data, the weights or their classes do not fit together.
-        StorageError: the file cannot be written.
+        UsageError: The data, the weights or their classes do not fit together.
+        StorageError: The file cannot be written.
     """
     config = parsed.config
     source = open_source(config.data.name, config.data.root, "val")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,32 @@ def make_folder(
             for i in range(count):
                 pixels = random.randint(0, 100, (36, 44, 3)) + 150 * number
                 Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i:03d}.png")
+    return root
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar file of `members`, name -> content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def make_shards(folder: Path, root: Path, size: int = 12) -> Path:
+    """The images of an ImageNet-like folder as WebDataset shards, in the same order."""
+    for split in ("train", "val"):
+        files = sorted((folder / split).rglob("*.png"))
+        classes = sorted({file.parent.name for file in files})
+        for first in range(0, len(files), size):
+            members = {}
+            for file in files[first : first + size]:
+                key = f"{file.parent.name}/{file.stem}"
+                members[f"{key}.png"] = file.read_bytes()
+                members[f"{key}.cls"] = str(classes.index(file.parent.name)).encode()
+            write_shard(root / f"toy-{split}-{first:06d}.tar", members)
     return root
 
 

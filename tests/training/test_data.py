@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from backbones.training.augment import View, eval_transform
-from backbones.training.data import BadFiles, DataConfig, KeyedDataset, make_loader, resolve_view
+from backbones.training.data import (
+    BadFiles,
+    DataConfig,
+    KeyedDataset,
+    check_labels,
+    make_loader,
+    resolve_view,
+)
+from backbones.training.errors import UsageError
 from backbones.training.runtime import World
 from backbones.training.sampler import Sample, TrainBatches, TrainOrder
 from backbones.training.sources import open_source
@@ -93,3 +101,9 @@ def test_the_view_is_the_settings_then_the_models():
     assert (view.size, view.crop_pct, view.mean) == (96, 1.0, (0.4,) * 3)
     digits = resolve_view(DataConfig(**FIELDS), Model())
     assert digits == View(32, (0.3,) * 3, (0.35,) * 3, "bilinear", 1.0)
+
+
+def test_labels_that_the_model_has_no_class_for_are_named():
+    check_labels(torch.tensor([0, 4, 2]), 5)
+    with pytest.raises(UsageError, match=r"class 5, but .* 5 classes.*: use --num-classes 6"):
+        check_labels(torch.tensor([0, 5, 2]), 5)

@@ -4,6 +4,8 @@ import itertools
 import math
 
 import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
 
 from backbones.training.errors import UsageError
 from backbones.training.schedule import ScheduleConfig, learning_rate
@@ -35,11 +37,8 @@ def test_the_published_cosine_changes_between_epochs_only(epoch, expected):
 
 
 def test_timm_gives_the_same_rates():
-    timm_scheduler = pytest.importorskip("timm.scheduler")
-    import torch
-
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=4e-3)
-    theirs = timm_scheduler.CosineLRScheduler(
+    theirs = CosineLRScheduler(
         optimizer, t_initial=300, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-6
     )
     for epoch in range(300):

@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +10,12 @@ from PIL import Image
 
 from backbones.training.errors import UsageError
 from backbones.training.shards import Shards, find_shards
+from tests.support.images import encode, write_shard
 
 
 def picture(number: int, kind: str = "PNG") -> bytes:
     pixels = np.random.RandomState(number).randint(0, 255, (9, 12, 3)).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_shard(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
+    return encode(Image.fromarray(pixels), kind)
 
 
 def samples(first: int, count: int) -> dict[str, bytes]:

@@ -65,10 +65,10 @@ def test_missing_and_unfit_data_is_named(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(UsageError, match="Found 0 images"):
         open_source(str(tmp_path), None, "train")
-    with pytest.raises(UsageError, match="streams"):
+    with pytest.raises(UsageError, match="wds/imagenet needs --data-root FOLDER"):
         open_source("wds/imagenet", None, "train")
-    with pytest.raises(UsageError, match="torch/cifar10"):
-        open_source("torch/cifar10", str(tmp_path), "train")
+    with pytest.raises(UsageError, match="use hfds/ instead of hfids/"):
+        open_source("hfids/user/name", None, "train")
 
 
 def test_an_empty_class_folder_is_refused(tmp_path):
