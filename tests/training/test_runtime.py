@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,20 +36,22 @@ def _ask_everything(folder):
     return 0
 
 
-def _run(folder, processes, batch_size=64):
+def ask_in_processes(argv):
+    folder, batch_size, cores, *processes = argv
+    os.sched_getaffinity = lambda pid: set(range(int(cores)))
     config = _config("--device", "cpu", *processes)
+    return run_processes(lambda: _ask_everything(Path(folder)), config, int(batch_size))
 
-    def program(_):
-        return run_processes(lambda: _ask_everything(folder), config, batch_size)
 
-    done = Run(program, [], folder).finish(60)
+def _run(folder, *processes, batch_size=64, cores=2):
+    done = Run(ask_in_processes, [folder, batch_size, cores, *processes], folder).finish(60)
     assert done.code == 0, done.err
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_agree(tmp_path, size):
-    answers = _run(tmp_path, ["--processes", str(size)])
+    answers = _run(tmp_path, "--processes", size)
     expected = {
         "size": size,
         "threads": 1,
@@ -60,14 +63,10 @@ def test_processes_agree(tmp_path, size):
     assert answers == [expected] * size
 
 
-def test_two_cores_are_used_by_default_if_the_batch_can_be_shared(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
-    for name, batch_size, size in (("even", 64, 2), ("odd", 63, 1)):
-        folder = tmp_path / name
-        folder.mkdir()
-        assert len(_run(folder, [], batch_size)) == size
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    assert len(_run(tmp_path, [])) == 1
+def test_two_cores_are_used_by_default_if_the_batch_can_be_shared(tmp_path):
+    assert len(_run(tmp_path / "even", cores=3)) == 2
+    assert len(_run(tmp_path / "odd", batch_size=63, cores=3)) == 1
+    assert len(_run(tmp_path / "one", cores=1)) == 1
 
 
 def test_one_process_needs_no_group():

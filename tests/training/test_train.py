@@ -187,19 +187,22 @@ def test_divergence_stops_the_run_and_spares_the_checkpoint(tmp_path):
     )
 
 
-def test_a_full_disk_is_survived_once_and_then_stops_the_run(tmp_path, monkeypatch):
-    write = checkpoint.open_for_write
+def train_on_a_disk_that_fills_up(argv):
+    write, saved = checkpoint.open_for_write, []
 
-    def full(path):
-        if "step" not in str(path) and path.parent.name.startswith(".tmp") and full.on:
+    def open_for_write(path):
+        if saved and "step" not in str(path) and path.parent.name.startswith(".tmp"):
             raise OSError(28, "No space left on device")
         if path.name == "meta.json":
-            full.on = True
+            saved.append(path)
         return write(path)
 
-    full.on = False
-    monkeypatch.setattr(checkpoint, "open_for_write", full)
-    done = run(train, *SMALL, *ONE, "--out", "out", folder=tmp_path)
+    checkpoint.open_for_write = open_for_write
+    return train(argv)
+
+
+def test_a_full_disk_is_survived_once_and_then_stops_the_run(tmp_path):
+    done = run(train_on_a_disk_that_fills_up, *SMALL, *ONE, "--out", "out", folder=tmp_path)
     assert done.code == 5 and "MiB are free" in done.err, done
     assert "warning: cannot write the checkpoint" in done.out
     assert checkpoint.load(checkpoint.latest(tmp_path / "out" / "ckpt")).meta["step"] == 2
