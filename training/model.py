@@ -112,7 +112,10 @@ def load_into(model: nn.Module, location: str, *, ema: bool = False) -> list[str
     """
     given = _read(location, ema)
     if type(model).__module__.startswith("backbones."):
-        given = convert_state_dict(given, model, require_head=False)
+        try:
+            given = convert_state_dict(given, model, require_head=False)
+        except WeightsError as error:
+            raise WeightsError(f"{location}: {error}") from error
     target = model.state_dict()
     fitting = {k: v for k, v in given.items() if k in target and v.shape == target[k].shape}
     fresh = [name for name in target if name not in fitting]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 
 from backbones.training import checkpoint
 from backbones.training.commands import train, validate
+from tests.support import golden
 from tests.support.images import make_folder, make_shards, odd_files
 from tests.support.runs import Run, run
 
@@ -243,6 +245,22 @@ def test_shards_train_to_the_same_bits_as_the_folder_they_hold(tmp_path):
     argv = [*argv, "--data", "wds/toy", "--data-root", shards]
     few = run(train, *argv, "--num-classes", 1, "--out", "c", folder=tmp_path)
     assert few.code == 2 and "use --num-classes 2 or more" in few.err
+
+
+def test_official_weights_are_fine_tuned_and_those_of_another_model_named(tmp_path):
+    folder = make_folder(tmp_path / "data", train=16, val=4)
+    official = golden.state_dict(golden.load("shvit_s1")["manifest"])
+    official = {k: v.float() if v.is_floating_point() else v for k, v in official.items()}
+    torch.save({"model": official, "args": argparse.Namespace(lr=1)}, tmp_path / "shvit_s1.pth")
+    argv = ["--data", folder, "--checkpoint", "shvit_s1.pth", "--img-size", 32, "--epochs", 1]
+    argv += ["--batch-size", 16, "--warmup-epochs", 0, "--workers", 0, *ONE]
+    done = run(train, *argv, "--out", "tuned", folder=tmp_path)
+    assert done.code == 0, done.err
+    first = done.out.splitlines()[0]
+    assert first.endswith("shvit_s1.pth; freshly initialised: head.l.weight, head.l.bias")
+    other = run(train, *argv, "--model", "shvit_s2", folder=tmp_path)
+    assert other.code == 2 and other.err.count("\n") == 1
+    assert "shvit_s1.pth: the weights do not fit the model: stages.1" in other.err
 
 
 def test_fine_tuning_resets_the_head_and_says_so(whole, tmp_path):
