@@ -32,7 +32,7 @@ class StoredFile:
 def verify(file: StoredFile, expected: str | None = None) -> str:
     """Compare a file with its recorded and its expected hash; a damaged cached file is deleted.
 
-    Done at every load: it costs less than reading the tensors, and finds a cache that rots.
+    Done at every load, so that a cache that rots is found.
 
     Args:
         file: The file.

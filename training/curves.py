@@ -19,7 +19,7 @@ def draw_curves(rows: Sequence[Row], title: str, path: Path) -> None:
         title: Above the picture.
         path: PNG file to write.
     """
-    # imported here: a second of start-up that most processes do not need
+    # imported here: most processes never draw
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

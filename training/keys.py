@@ -26,10 +26,10 @@ def key(seed: int, *place: int | str) -> int:
 
 
 def seed_host(value: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators on the host: 10 microseconds a sample."""
+    """Seed Python's, NumPy's and PyTorch's generators on the host, once per sample."""
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
-    # torch.manual_seed visits every accelerator back end: 175 microseconds
+    # torch.manual_seed visits every accelerator back end too, which is slow
     torch.default_generator.manual_seed(value)
 
 

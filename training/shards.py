@@ -73,13 +73,18 @@ def find_shards(root: Path, names: Sequence[str]) -> list[Path]:
         names: What the split may be called, e.g. `("val", "validation")`.
 
     Raises:
-        UsageError: There are none.
+        UsageError: There are none, or `_info.json` is damaged.
     """
-    for info in (root / name for name in _INFO):
-        splits = json.loads(info.read_text())["splits"] if info.is_file() else {}
-        for name in names:
-            if name in splits:
-                return [root / file for file in splits[name]["filenames"]]
+    for info in (root / name for name in _INFO if (root / name).is_file()):
+        try:
+            splits = json.loads(info.read_text())["splits"]
+            listed = [splits[name]["filenames"] for name in names if name in splits]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{info} does not list splits and filenames ({error!r}): correct or delete it"
+            ) from None
+        if listed:
+            return [root / file for file in listed[0]]
     for name in names:
         found = sorted([*root.glob(f"{name}/*.tar"), *root.glob(f"*{name}*.tar")])
         if found:

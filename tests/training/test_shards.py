@@ -69,6 +69,13 @@ def test_split_from_info_then_folders_then_names(tmp_path):
         find_shards(root, ("test",))
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"splits": {"val": {}}}'])
+def test_a_damaged_list_of_shards_is_named(tmp_path, text):
+    (tmp_path / "_info.json").write_text(text)
+    with pytest.raises(UsageError, match=r"_info\.json does not list splits .*correct or delete"):
+        find_shards(tmp_path, ("val", "validation"))
+
+
 @pytest.mark.parametrize(
     "members, message",
     [
