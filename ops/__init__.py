@@ -8,6 +8,7 @@ Every op is one function, registered with `torch.library`: it works in eager mod
 from ._common import reference_in_use, use_reference
 from .flops import count_macs, fvcore_handles
 from .partial_attention import partial_attention, partial_attention_reference
+from .window_attention import window_attention, window_attention_reference
 
 __all__ = [
     "count_macs",
@@ -16,4 +17,6 @@ __all__ = [
     "partial_attention_reference",
     "reference_in_use",
     "use_reference",
+    "window_attention",
+    "window_attention_reference",
 ]

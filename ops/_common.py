@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,18 +43,32 @@ def reference_in_use() -> bool:
     return _reference
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast `tensors` to the autocast type of their device where autocast is on.
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast `tensors` to the autocast type of their device where autocast is on; None stays None.
 
     Done here and not by `register_autocast`, which knows one fixed type per device and would cast
     the small float32 tables too.
     """
+    assert tensors[0] is not None
     device = tensors[0].device.type
     # the query raises on the meta device
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    return tuple(t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors)
+
+
+def kernels(op: str, tensor: Tensor) -> ModuleType:
+    """The module of the Triton kernels of `op`, imported when they are first needed."""
+    try:
+        return importlib.import_module(f"{__package__}.triton.{op}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            f"{op} on a {tensor.device.type} device needs Triton: pip install triton, or set "
+            "BACKBONES_OPS=reference"
+        ) from None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from . import partial_attention as _partial_attention  # noqa: F401  registers the op
+from . import window_attention as _window_attention  # noqa: F401
+from ._windows import cells
 
 Shape = Sequence[int]
 
@@ -40,6 +42,35 @@ def _partial_attention_backward_flops(
     return 2 * batch * tokens**2 * (3 * qk_dim + 2 * value_dim)
 
 
+def _window_attention_product(qkv: Shape, window: tuple[int, int]) -> int:
+    """Multiply-adds of one product of the windows, `q k^T` for one, over all heads."""
+    rows, cols = cells(qkv[1], qkv[2], window)
+    return qkv[0] * rows * cols * prod(window) ** 2 * qkv[3] // 3
+
+
+@register_flop_formula(torch.ops.backbones.window_attention)
+def _window_attention_flops(
+    qkv: Shape, table: Any, pad: Any, num_heads: int, *args: Any, out_shape: Any = None
+) -> int:
+    return 2 * 2 * _window_attention_product(qkv, args[:2])
+
+
+@register_flop_formula(torch.ops.backbones.window_attention_backward)
+def _window_attention_backward_flops(
+    grad: Shape,
+    qkv: Shape,
+    table: Any,
+    pad: Any,
+    out: Any,
+    lse: Any,
+    num_heads: int,
+    *args: Any,
+    out_shape: Any = None,
+) -> int:
+    # scores again, then dv, dA, dq and dk
+    return 2 * 5 * _window_attention_product(qkv, args[:2])
+
+
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Handles for `fvcore.nn.FlopCountAnalysis(model, x).set_op_handle(**handles)`, in MACs.
 
@@ -51,12 +82,17 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def partial_attention(inputs: list[Any], outputs: list[Any]) -> int:
         return _partial_attention_macs(get_shape(inputs[0]), inputs[2].toIValue())
 
+    def window_attention(inputs: list[Any], outputs: list[Any]) -> int:
+        window = (inputs[4].toIValue(), inputs[5].toIValue())
+        return 2 * _window_attention_product(get_shape(inputs[0]), window)
+
     def attention(inputs: list[Any], outputs: list[Any]) -> int:
         query, key, value = (get_shape(i) for i in inputs[:3])
         return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
     return {
         "backbones::partial_attention": partial_attention,
+        "backbones::window_attention": window_attention,
         "aten::scaled_dot_product_attention": attention,
     }
 
