@@ -1,0 +1,1 @@
+"""What the ops cost: resources ahead of time, times on a GPU."""

@@ -1,0 +1,155 @@
+"""Compile every kernel for GPUs that are not here; report registers, spills and shared memory.
+
+    python benchmarks/aot.py                 all kernels, all targets, a table
+    python benchmarks/aot.py --quick         each kernel once, for sm_90
+    python benchmarks/aot.py --check         compare with benchmarks/results/aot.json
+    python benchmarks/aot.py --write         put the report of this version of Triton there
+
+The launchers run with meta tensors of the models' shapes (`cases.py`) in bfloat16; the first case
+of each kernel also in float16 and float32. No GPU is needed. Exit code 1: a limit is broken, or
+`--check` found something worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._report import SHARED, Row, broken_limits, differences, read, table, write
+
+if TYPE_CHECKING:
+    from benchmarks._launches import Specialised
+
+RESULTS = Path(__file__).resolve().parent / "results" / "aot.json"
+
+
+@dataclass
+class Unit:
+    """One compilation and the cases that it serves."""
+
+    target: str
+    specialised: Specialised
+    cases: list[str]
+
+    def row(self) -> Row:
+        """Compile and describe the outcome."""
+        kernel, variant = self.specialised.kernel.__name__, self.specialised.variant
+        labels = {"target": self.target, "kernel": kernel, "variant": variant}
+        return {**labels, **self.specialised.compile(), "cases": self.cases}
+
+
+# filled before the pool forks: compiled functions do not travel between processes
+_units: list[Unit] = []
+
+
+def record_units(targets: Sequence[str], quick: bool) -> list[Unit]:
+    """Record the launches of all cases and keep those that differ once compiled.
+
+    Args:
+        targets: Names of the GPUs to compile for.
+        quick: Keep the first launch of each kernel only.
+    """
+    import torch
+
+    from benchmarks._launches import TARGETS, record
+    from benchmarks.cases import window_cases
+
+    units: dict[str, Unit] = {}
+    kernels: set[str] = set()
+    cases = window_cases()
+    while cases:
+        case = cases.pop(0)
+        launches = record(case.launch)
+        new = {launch.name for launch in launches} - kernels
+        kernels |= new
+        for launch in launches:
+            if quick and launch.name not in new:
+                continue
+            for target in targets:
+                specialised = launch.specialise(TARGETS[target])
+                unit = units.setdefault(specialised.key, Unit(target, specialised, []))
+                if case.name not in unit.cases:
+                    unit.cases.append(case.name)
+        if new and not quick:
+            cases += [replace(case, dtype=dtype) for dtype in (torch.float16, torch.float32)]
+    return list(units.values())
+
+
+def _compile(index: int) -> Row:
+    return _units[index].row()
+
+
+def compile_units(units: list[Unit], jobs: int) -> list[Row]:
+    """Compile in `jobs` processes and show the progress on stderr."""
+    _units[:] = units
+    rows, start = [], time.monotonic()
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for row in pool.imap_unordered(_compile, range(len(units))):
+            rows.append(row)
+            seconds = time.monotonic() - start
+            print(f"\r{len(rows)}/{len(units)} compiled, {seconds:.0f} s", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return sorted(rows, key=lambda row: (row["kernel"], row["variant"], row["target"]))
+
+
+def _check(version: str, rows: list[Row]) -> bool:
+    """Print what differs from the committed report; whether nothing is worse."""
+    reports = read(RESULTS)
+    if version not in reports:
+        print(f"{RESULTS} has no report of triton {version}: make one with --write")
+        return False
+    worse, changed = differences(reports[version], rows)
+    for line in changed:
+        print(f"changed: {line}")
+    for line in worse:
+        print(f"worse: {line}")
+    print(f"compared with the report of triton {version}: {len(worse)} worse")
+    return not worse
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="each kernel once, for sm_90")
+    parser.add_argument("--check", action="store_true", help=f"compare with {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    arguments = parser.parse_args(argv)
+    if arguments.quick and (arguments.check or arguments.write):
+        parser.error("--quick compiles a part: leave it out to compare or to write a report")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    arguments = _arguments(argv)
+    # read when kernels are decorated, so before anything imports them
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+
+    targets = ("sm_90",) if arguments.quick else tuple(SHARED)
+    rows = compile_units(record_units(targets, arguments.quick), arguments.jobs)
+    print(table(rows))
+    broken = broken_limits(rows)
+    for line in broken:
+        print(f"over the limit: {line}")
+    print(f"triton {triton.__version__}: {len(rows)} compiled, {len(broken)} over a limit")
+    good = not broken
+    if arguments.check:
+        good = _check(triton.__version__, rows) and good
+    if arguments.write:
+        write(RESULTS, {**read(RESULTS), triton.__version__: rows})
+        print(f"wrote {RESULTS}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
