@@ -194,7 +194,8 @@ def _forward(
     return kernels("window_attention", qkv).forward(qkv, table, pad, Windows(*args))
 
 
-_forward.register_kernel(("cpu", "mps"))(_forward_pytorch)
+_forward.register_kernel("cpu")(_forward_pytorch)
+_forward.register_kernel("mps")(_forward_pytorch)
 
 
 @_forward.register_fake
@@ -227,7 +228,8 @@ def _backward(
     return launch.backward(grad, qkv, table, pad, out, lse, Windows(*args))
 
 
-_backward.register_kernel(("cpu", "mps"))(_backward_pytorch)
+_backward.register_kernel("cpu")(_backward_pytorch)
+_backward.register_kernel("mps")(_backward_pytorch)
 
 
 @_backward.register_fake

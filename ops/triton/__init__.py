@@ -1,0 +1,1 @@
+"""Triton kernels of the ops and their launch; nothing else imports triton."""

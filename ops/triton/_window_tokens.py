@@ -1,0 +1,59 @@
+"""Window attention: what its kernels share, tokens of a window and their scores."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def locate(window, n, H, W, rows, cols, P: tl.constexpr, Q: tl.constexpr, GRID: tl.constexpr):
+    """Map, row and column of tokens n of a window, and which of them lie in the map."""
+    cell = window % (rows * cols)
+    batch = tl.cast(window // (rows * cols), tl.int64)
+    if GRID:
+        y = n // Q * rows + cell // cols
+        x = n % Q * cols + cell % cols
+    else:
+        y = n // Q + cell // cols * P
+        x = n % Q + cell % cols * Q
+    inside = (n < P * Q) & (y < H) & (x < W)
+    return batch, y.to(tl.int64), x.to(tl.int64), inside
+
+
+@triton.jit
+def load_tokens(ptr, pad, start, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Channels start..start + D of tokens, `(N, BLOCK_D)`; `pad` for those outside the map."""
+    d = tl.arange(0, BLOCK_D)
+    mask = inside[:, None]
+    if D != BLOCK_D:
+        mask = mask & (d < D)[None, :]
+    tokens = tl.load(ptr + start + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+    if pad is not None:
+        vector = tl.load(pad + start + d, mask=d < D, other=0.0).to(tokens.dtype)
+        tokens = tl.where(inside[:, None], tokens, vector[None, :])
+    return tokens
+
+
+@triton.jit
+def store_tokens(ptr, start, offsets, inside, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the tokens that lie in the map."""
+    d = tl.arange(0, BLOCK_D)
+    mask = inside[:, None]
+    if D != BLOCK_D:
+        mask = mask & (d < D)[None, :]
+    tokens = tokens.to(ptr.dtype.element_ty)
+    tl.store(ptr + start + offsets[:, None] + d[None, :], tokens, mask=mask)
+
+
+@triton.jit
+def add_bias(scores, table, stride_y, stride_x, m, n, P: tl.constexpr, Q: tl.constexpr):
+    """Add the table of a head, times log2 e, to scores of queries m and keys n."""
+    if table is None:
+        return scores
+    y = m[:, None] // Q - n[None, :] // Q + (P - 1)
+    x = m[:, None] % Q - n[None, :] % Q + (Q - 1)
+    mask = (m < P * Q)[:, None] & (n < P * Q)[None, :]
+    bias = tl.load(table + y * stride_y + x * stride_x, mask=mask, other=0.0)
+    return scores + bias.to(tl.float32) * LOG2E

@@ -1,0 +1,251 @@
+"""Launch of the window attention kernels: tiles, programs, outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._windows import Windows, cells
+from . import _window_kernels as one_tile
+from . import _window_tiled_kernels as tiled
+from ._launch import cdiv, input_precision, multiprocessors, next_power_of_2, rows_contiguous
+
+ONE_TILE = 64
+# one tile of the backward pass over keys holds the queries of windows up to this size
+_ALL_QUERIES = 256
+# float32 partial sums of the bias gradient
+_PARTIAL_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile of scores, and how a program works on it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+def one_tile_of(keys: int) -> Tile:
+    """The tile that holds a window of at most 64 keys."""
+    block = max(16, next_power_of_2(keys))
+    return Tile(block, block, num_warps=max(1, block // 16))
+
+
+def forward_tile(keys: int) -> Tile:
+    """Tiles of the forward pass and of the gradient of the queries."""
+    return Tile(64, 32, num_warps=4) if keys <= 192 else Tile(64, 64, num_warps=4)
+
+
+def keys_tile(keys: int) -> Tile:
+    """Tiles of the gradient of keys and values."""
+    if keys <= _ALL_QUERIES:
+        return Tile(next_power_of_2(keys), 16, num_warps=8)
+    return Tile(64, 64, num_warps=4)
+
+
+def bias_tile() -> Tile:
+    """Tiles of the gradient of the bias, for windows of too many queries for one tile."""
+    return Tile(64, 64, num_warps=4)
+
+
+class _Call:
+    """The arguments that all kernels of one call share."""
+
+    def __init__(
+        self, qkv: Tensor, table: Tensor | None, pad: Tensor | None, windows: Windows
+    ) -> None:
+        self.qkv, self.table, self.pad, self.windows = rows_contiguous(qkv), table, pad, windows
+        self.batch, self.height, self.width, channels = qkv.shape
+        self.rows, self.cols = cells(self.height, self.width, windows.size)
+        self.count = self.batch * self.rows * self.cols
+        # no token lies outside
+        if self.rows * windows.height == self.height and self.cols * windows.width == self.width:
+            self.pad = None
+        self.channels, self.heads = channels // 3, windows.num_heads
+        self.dim = self.channels // self.heads
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        table = (0, 0, 0) if self.table is None else self.table.stride()
+        return *self.qkv.stride()[:3], *table
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.height, self.width, self.rows, self.cols
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments."""
+        first = self.windows.head_first
+        return {
+            "C": self.channels,
+            "D": self.dim,
+            "PART": self.dim if first else self.channels,
+            "HEAD": 3 * self.dim if first else self.dim,
+            "P": self.windows.height,
+            "Q": self.windows.width,
+            "GRID": self.windows.grid,
+            "BLOCK_D": max(16, next_power_of_2(self.dim)),
+            "PRECISION": input_precision(self.qkv),
+        }
+
+    def programs(self, waves: int, per_window: int) -> int:
+        """Programs over windows, evenly loaded, where each window makes `per_window` of them."""
+        wanted = max(1, waves * multiprocessors(self.qkv) // per_window)
+        return cdiv(self.count, max(1, cdiv(self.count, wanted)))
+
+    def groups(self, per_window: int) -> int:
+        """Programs over windows that each hold a part of the gradient of the bias."""
+        size = 4 * self.heads * self.windows.keys**2
+        return min(self.programs(4, per_window), max(1, _PARTIAL_BYTES // size))
+
+    def new_pairs(self, parts: int) -> Tensor | None:
+        """Room for parts of the gradient of the bias; None if there is no table."""
+        if self.table is None:
+            return None
+        shape = (parts, self.heads, self.windows.keys, self.windows.keys)
+        return self.qkv.new_empty(shape, dtype=torch.float32)
+
+    def new_vectors(self, parts: int) -> Tensor | None:
+        """Room for parts of the gradient of `pad`; None if no token reads it."""
+        if self.pad is None:
+            return None
+        return self.qkv.new_empty((parts, 3 * self.channels), dtype=torch.float32)
+
+
+def forward(
+    qkv: Tensor, table: Tensor | None, pad: Tensor | None, windows: Windows
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward pass; see `backbones.ops.window_attention`.
+
+    Returns:
+        The output `(B, H, W, C)`, and the logsumexp of the scores `(B, H, W, heads)`, which is
+        empty for windows of one tile.
+    """
+    call = _Call(qkv, table, pad, windows)
+    out = qkv.new_empty((*qkv.shape[:3], call.channels))
+    with torch.cuda.device_of(qkv):
+        if windows.keys <= ONE_TILE:
+            tile = one_tile_of(windows.keys)
+            one_tile.window_fwd_kernel[(call.heads, call.programs(8, call.heads))](
+                call.qkv, call.table, call.pad, out,
+                *call.strides, *call.sizes, call.count, windows.scale,
+                **call.constants, BLOCK_N=tile.block_n, **tile.options,
+            )  # fmt: skip
+            return out, qkv.new_empty(0, dtype=torch.float32)
+        tile = forward_tile(windows.keys)
+        lse = qkv.new_empty((*qkv.shape[:3], call.heads), dtype=torch.float32)
+        blocks = cdiv(windows.keys, tile.block_m)
+        tiled.window_tiled_fwd_kernel[(call.count * call.heads * blocks,)](
+            call.qkv, call.table, call.pad, out, lse,
+            *call.strides, *call.sizes, windows.scale,
+            **call.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
+        )  # fmt: skip
+        return out, lse
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    table: Tensor | None,
+    pad: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    windows: Windows,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward pass.
+
+    Returns:
+        The gradients of `qkv`, `table` and `pad`; of what is None an empty tensor.
+    """
+    call = _Call(qkv, table, pad, windows)
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    with torch.cuda.device_of(qkv):
+        if windows.keys <= ONE_TILE:
+            pairs, vectors = _backward_one_tile(call, grad, grad_qkv)
+        else:
+            assert out is not None and lse is not None
+            pairs, vectors = _backward_tiled(call, grad, out, lse, grad_qkv)
+        absent = qkv.new_empty(0)
+        grad_table = absent if table is None else _sum_offsets(pairs, windows).to(table.dtype)
+    if pad is None:
+        return grad_qkv, grad_table, absent
+    if vectors is None:
+        return grad_qkv, grad_table, torch.zeros_like(pad)
+    return grad_qkv, grad_table, vectors.sum(0).to(pad.dtype)
+
+
+def _backward_one_tile(
+    call: _Call, grad: Tensor, grad_qkv: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    tile = one_tile_of(call.windows.keys)
+    programs = call.programs(4, call.heads)
+    pairs, vectors = call.new_pairs(programs), call.new_vectors(programs)
+    one_tile.window_bwd_kernel[(call.heads, programs)](
+        grad, call.qkv, call.table, call.pad, grad_qkv, pairs, vectors,
+        *call.strides, *call.sizes, call.count, call.windows.scale,
+        **call.constants, BLOCK_N=tile.block_n, **tile.options,
+    )  # fmt: skip
+    return pairs, vectors
+
+
+def _backward_tiled(
+    call: _Call, grad: Tensor, out: Tensor, lse: Tensor, grad_qkv: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    keys, scale = call.windows.keys, call.windows.scale
+    delta = torch.empty_like(lse)
+    tile = forward_tile(keys)
+    tiled.window_tiled_queries_kernel[(call.count * call.heads * cdiv(keys, tile.block_m),)](
+        grad, call.qkv, call.table, call.pad, out, lse, delta, grad_qkv,
+        *call.strides, *call.sizes, scale,
+        **call.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
+    )  # fmt: skip
+
+    tile = keys_tile(keys)
+    blocks, all_queries = cdiv(keys, tile.block_n), tile.block_m >= keys
+    groups = call.groups(call.heads * blocks)
+    pairs = call.new_pairs(groups) if all_queries else None
+    vectors = call.new_vectors(groups * blocks)
+    tiled.window_tiled_keys_kernel[(blocks, call.heads, groups)](
+        grad, call.qkv, call.table, call.pad, lse, delta, grad_qkv, pairs, vectors,
+        *call.strides, *call.sizes, call.count, scale,
+        **call.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
+    )  # fmt: skip
+    if call.table is None or all_queries:
+        return pairs, vectors
+
+    tile = bias_tile()
+    blocks = cdiv(keys, tile.block_m) * cdiv(keys, tile.block_n)
+    groups = call.groups(call.heads * blocks)
+    pairs = call.new_pairs(groups)
+    tiled.window_tiled_bias_kernel[(blocks, call.heads, groups)](
+        grad, call.qkv, call.table, call.pad, lse, delta, pairs,
+        *call.strides, *call.sizes, call.count, scale,
+        **call.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
+    )  # fmt: skip
+    return pairs, vectors
+
+
+def _sum_offsets(pairs: Tensor | None, windows: Windows) -> Tensor:
+    """The gradient of the table of partial gradients of the bias `(parts, heads, N, N)`."""
+    assert pairs is not None
+    p, q = windows.size
+    out = pairs.new_empty((windows.num_heads, 2 * p - 1, 2 * q - 1))
+    one_tile.offset_sum_kernel[((2 * p - 1) * (2 * q - 1), windows.num_heads)](
+        pairs.sum(0), out, P=p, Q=q, BLOCK=64, num_warps=1, enable_fp_fusion=True
+    )
+    return out
