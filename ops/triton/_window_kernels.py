@@ -50,8 +50,9 @@ def window_fwd_kernel(
     if table is not None:
         bias = add_bias(bias, table + head * table_h, table_y, table_x, n, n, P, Q)
     for window in range(tl.program_id(1), windows, tl.num_programs(1)):
-        batch, y, x, inside = locate(window, n, H, W, rows, cols, P, Q, GRID)
-        tokens = batch * stride_b + y * stride_y + x * stride_x
+        tokens, pixels, inside = locate(
+            window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+        )
         q = load_tokens(qkv, pad, start, tokens, inside, D, BLOCK_D)
         k = load_tokens(qkv, pad, start + PART, tokens, inside, D, BLOCK_D)
         v = load_tokens(qkv, pad, start + 2 * PART, tokens, inside, D, BLOCK_D)
@@ -62,9 +63,8 @@ def window_fwd_kernel(
             scores = tl.where((n < P * Q)[None, :], scores, float("-inf"))
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
         values = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        pixels = ((batch * H + y) * W + x) * C
         values = values / tl.sum(weights, 1)[:, None]
-        store_tokens(out, head * D, pixels, inside, values, D, BLOCK_D)
+        store_tokens(out, head * D, pixels * C, inside, values, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -111,9 +111,9 @@ def window_bwd_kernel(
     pad_dk = tl.zeros((BLOCK_D,), tl.float32)
     pad_dv = tl.zeros((BLOCK_D,), tl.float32)
     for window in range(program, windows, tl.num_programs(1)):
-        batch, y, x, inside = locate(window, n, H, W, rows, cols, P, Q, GRID)
-        tokens = batch * stride_b + y * stride_y + x * stride_x
-        pixels = (batch * H + y) * W + x
+        tokens, pixels, inside = locate(
+            window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+        )
         q = load_tokens(qkv, pad, start, tokens, inside, D, BLOCK_D)
         k = load_tokens(qkv, pad, start + PART, tokens, inside, D, BLOCK_D)
         v = load_tokens(qkv, pad, start + 2 * PART, tokens, inside, D, BLOCK_D)

@@ -53,19 +53,20 @@ def window_tiled_fwd_kernel(
     if table is not None:
         table += head * table_h
 
-    batch, y, x, is_query = locate(window, m, H, W, rows, cols, P, Q, GRID)
-    tokens = batch * stride_b + y * stride_y + x * stride_x
-    pixels = (batch * H + y) * W + x
+    tokens, pixels, is_query = locate(
+        window, m, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+    )
     q = load_tokens(qkv, pad, start, tokens, is_query, D, BLOCK_D)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     values = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, P * Q, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        batch, y, x, is_key = locate(window, n, H, W, rows, cols, P, Q, GRID)
-        tokens = batch * stride_b + y * stride_y + x * stride_x
-        k = load_tokens(qkv, pad, start + PART, tokens, is_key, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, tokens, is_key, D, BLOCK_D)
+        keys, _, is_key = locate(
+            window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+        )
+        k = load_tokens(qkv, pad, start + PART, keys, is_key, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * PART, keys, is_key, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         scores = add_bias(scores, table, table_y, table_x, m, n, P, Q)
         if pad is not None:
@@ -139,9 +140,9 @@ def window_tiled_queries_kernel(
     if table is not None:
         table += head * table_h
 
-    batch, y, x, is_query = locate(window, m, H, W, rows, cols, P, Q, GRID)
-    tokens = batch * stride_b + y * stride_y + x * stride_x
-    pixels = (batch * H + y) * W + x
+    tokens, pixels, is_query = locate(
+        window, m, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+    )
     q = load_tokens(qkv, pad, start, tokens, is_query, D, BLOCK_D)
     g = load_tokens(grad, None, head * D, pixels * C, is_query, D, BLOCK_D)
     o = load_tokens(out, None, head * D, pixels * C, is_query, D, BLOCK_D)
@@ -151,10 +152,11 @@ def window_tiled_queries_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, P * Q, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        batch, y, x, is_key = locate(window, n, H, W, rows, cols, P, Q, GRID)
-        tokens = batch * stride_b + y * stride_y + x * stride_x
-        k = load_tokens(qkv, pad, start + PART, tokens, is_key, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, tokens, is_key, D, BLOCK_D)
+        keys, _, is_key = locate(
+            window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+        )
+        k = load_tokens(qkv, pad, start + PART, keys, is_key, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * PART, keys, is_key, D, BLOCK_D)
         if pad is not None:
             is_key = n < P * Q
         _, ds = weights_and_ds(
@@ -212,11 +214,11 @@ def window_tiled_keys_kernel(
     pad_dk = tl.zeros((BLOCK_D,), tl.float32)
     pad_dv = tl.zeros((BLOCK_D,), tl.float32)
     for window in range(group, windows, tl.num_programs(2)):
-        batch, y, x, inside = locate(window, n, H, W, rows, cols, P, Q, GRID)
-        tokens = batch * stride_b + y * stride_y + x * stride_x
-        key_pixels = (batch * H + y) * W + x
-        k = load_tokens(qkv, pad, start + PART, tokens, inside, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, tokens, inside, D, BLOCK_D)
+        keys, key_pixels, inside = locate(
+            window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+        )
+        k = load_tokens(qkv, pad, start + PART, keys, inside, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * PART, keys, inside, D, BLOCK_D)
         is_key = inside
         if pad is not None:
             is_key = n < N
@@ -224,9 +226,9 @@ def window_tiled_keys_kernel(
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for first in range(0, N, BLOCK_M):
             m = first + tl.arange(0, BLOCK_M)
-            batch, y, x, is_query = locate(window, m, H, W, rows, cols, P, Q, GRID)
-            tokens = batch * stride_b + y * stride_y + x * stride_x
-            pixels = (batch * H + y) * W + x
+            tokens, pixels, is_query = locate(
+                window, m, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+            )
             q = load_tokens(qkv, pad, start, tokens, is_query, D, BLOCK_D)
             g = load_tokens(grad, None, head * D, pixels * C, is_query, D, BLOCK_D)
             rows_at = pixels * heads + head
@@ -301,15 +303,16 @@ def window_tiled_bias_kernel(
     table += head * table_h
     sum_ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for window in range(group, windows, tl.num_programs(2)):
-        batch, y, x, is_key = locate(window, n, H, W, rows, cols, P, Q, GRID)
-        tokens = batch * stride_b + y * stride_y + x * stride_x
-        k = load_tokens(qkv, pad, start + PART, tokens, is_key, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, tokens, is_key, D, BLOCK_D)
+        keys, _, is_key = locate(
+            window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+        )
+        k = load_tokens(qkv, pad, start + PART, keys, is_key, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * PART, keys, is_key, D, BLOCK_D)
         if pad is not None:
             is_key = n < N
-        batch, y, x, is_query = locate(window, m, H, W, rows, cols, P, Q, GRID)
-        tokens = batch * stride_b + y * stride_y + x * stride_x
-        pixels = (batch * H + y) * W + x
+        tokens, pixels, is_query = locate(
+            window, m, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
+        )
         q = load_tokens(qkv, pad, start, tokens, is_query, D, BLOCK_D)
         g = load_tokens(grad, None, head * D, pixels * C, is_query, D, BLOCK_D)
         rows_at = pixels * heads + head

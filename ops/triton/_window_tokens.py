@@ -10,8 +10,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def locate(window, n, H, W, rows, cols, P: tl.constexpr, Q: tl.constexpr, GRID: tl.constexpr):
-    """Map, row and column of tokens n of a window, and which of them lie in the map."""
+def locate(
+    window, n, H, W, rows, cols, stride_b, stride_y, stride_x,
+    P: tl.constexpr, Q: tl.constexpr, GRID: tl.constexpr,
+):  # fmt: skip
+    """Offsets of tokens n of a window, their pixel numbers, and which of them lie in the map."""
     cell = window % (rows * cols)
     batch = tl.cast(window // (rows * cols), tl.int64)
     if GRID:
@@ -21,7 +24,8 @@ def locate(window, n, H, W, rows, cols, P: tl.constexpr, Q: tl.constexpr, GRID: 
         y = n // Q + cell // cols * P
         x = n % Q + cell % cols * Q
     inside = (n < P * Q) & (y < H) & (x < W)
-    return batch, y.to(tl.int64), x.to(tl.int64), inside
+    y, x = y.to(tl.int64), x.to(tl.int64)
+    return batch * stride_b + y * stride_y + x * stride_x, (batch * H + y) * W + x, inside
 
 
 @triton.jit
