@@ -7,7 +7,7 @@ The ahead-of-time report, the benchmarks and the tests on a GPU share this list.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any, ClassVar, NamedTuple
@@ -132,6 +132,7 @@ class WindowCase(Case):
 
         return partial(
             ops.window_attention_reference if reference else ops.window_attention,
+            table=None,
             num_heads=self.heads,
             window_size=self.window,
             grid=self.grid,
@@ -292,16 +293,21 @@ def all_cases() -> list[Case]:
 
 def tiny_cases() -> list[Case]:
     """List calls of every kind that a CPU makes in an instant, in float32."""
-    by_name = {case.name: case for case in window_cases()}
-    window = [
-        ("maxvit_tiny_tf_224@224x224.stage0.block7x7", 14, 21),
-        ("maxvit_tiny_tf_224@224x224.stage0.grid7x7", 14, 21),
-        ("maxvit_tiny_rw_256@256x256.stage0.grid8x8", 8, 16),
-        ("maxvit_tiny_tf_224@800x1216.stage0.grid7x7", 13, 17),
-        ("davit_tiny@800x1216.stage0.block7x7", 13, 17),
+
+    def maxvit(height: int, width: int, window: int, **options: bool) -> WindowCase:
+        tiny = _tiny(height, width)
+        return WindowCase(**tiny, channels=64, window=(window, window), **options)
+
+    return [
+        maxvit(14, 21, 7),
+        maxvit(14, 21, 7, grid=True),
+        maxvit(8, 16, 8, grid=True, head_first=True),
+        maxvit(13, 17, 7, grid=True),
+        maxvit(13, 17, 7, table=False, pad=True),
+        PartialCase(**_tiny(5, 7), channels=60, values=20),
     ]
-    tiny: list[Case] = [
-        replace(by_name[name], batch=2, height=height, width=width, dtype=torch.float32)
-        for name, height, width in window
-    ]
-    return [*tiny, replace(partial_cases()[0], batch=2, dtype=torch.float32)]
+
+
+def _tiny(height: int, width: int) -> dict[str, Any]:
+    fixed = {"model": "tiny", "stage": 0, "batch": 2, "dtype": torch.float32}
+    return {**fixed, "image": (4 * height, 4 * width), "height": height, "width": width}

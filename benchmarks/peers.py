@@ -31,6 +31,9 @@ class Peer:
         compile: `torch.compile`, with the settings of this run.
     """
 
+    # whether PyTorch has its backward pass on a CPU
+    trains_on_cpu = True
+
     def __init__(self, case: Case, compile: Compile) -> None:
         self.function = case.function()
         self.names = list(case.tensors("meta"))
@@ -220,6 +223,8 @@ class Sdpa(Peer):
 class Flex(Sdpa):
     """FlexAttention under `torch.compile` on windows, the bias gathered from the table."""
 
+    trains_on_cpu = False
+
     def __init__(self, case: WindowCase, compile: Compile) -> None:
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -261,7 +266,6 @@ def _partial_sdpa(qkv: Tensor, x: Tensor, qk_dim: int) -> Tensor:
     return torch.cat([attended, x[..., values:]], dim=-1).relu()
 
 
-# compiled ones last: they take a minute each, and a budget may end before them
 PEERS: dict[str, dict[str, Callable[[Any, Compile], Peer]]] = {
     "window_attention": {
         "backbones": Peer,

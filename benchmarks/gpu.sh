@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# All that wants a GPU, within ten minutes and from a bare checkout: the GPU tests, then the ops
+# against their peers. Writes to $OUT. COMMIT names the code where there is no git.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH=. PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+out=${OUT:-benchmarks/results}
+mkdir -p "$out"
+
+timeout 240 python3 -m pytest -m gpu -q -p no:cacheprovider tests/ops 2>&1 | tee "$out/gpu_tests.log"
+tests=$?
+python3 benchmarks/ops.py --write --out "$out" --budget $((540 - SECONDS)) \
+    ${COMMIT:+--commit "$COMMIT"} "$@" 2>&1 | tee "$out/gpu_ops.log"
+ops=$?
+exit $((tests ? tests : ops))
