@@ -54,23 +54,26 @@ class ImageInput(nn.Module):
 class Backbone(nn.Module):
     """A hierarchy of stages after a stem: timm's model interface, once for all families.
 
-    A family sets `stages`, `feature_info` (one entry per stage), `num_features` and
-    `head_hidden_size`, and defines `forward_stem`, `forward_head`, `get_classifier`,
-    `reset_classifier` and `group_matcher`.
+    A family sets `stages`, `norm` (what follows the last stage, an Identity if nothing does),
+    `feature_info` (one entry per stage, after one of the stem if that is a feature too),
+    `num_features` and `head_hidden_size`, and defines `forward_stem`, `forward_head`,
+    `get_classifier`, `reset_classifier` and `group_matcher`.
 
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the classifier, 0 for none.
+        stem_feature: Count the map of the stem among the features, as the first.
     """
 
     # torch.jit.script stumbles over annotations of a module class
     if TYPE_CHECKING:
         stages: nn.Sequential
+        norm: nn.Module
         feature_info: list[dict[str, str | int]]
         num_features: int
         head_hidden_size: int
 
-    def __init__(self, in_chans: int, num_classes: int) -> None:
+    def __init__(self, in_chans: int, num_classes: int, stem_feature: bool = False) -> None:
         super().__init__()
         if in_chans < 1 or num_classes < 0:
             raise ValueError(
@@ -78,6 +81,7 @@ class Backbone(nn.Module):
             )
         self.in_chans = in_chans
         self.num_classes = num_classes
+        self.num_stem_features = int(stem_feature)
         self.image_input = ImageInput(in_chans)
 
     def forward_stem(self, x: Tensor) -> Tensor:
@@ -90,7 +94,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the last map `(B, num_features, H / stride, W / stride)` of images."""
-        return self.stages(self.forward_stem(self.image_input(x)))
+        return self.norm(self.stages(self.forward_stem(self.image_input(x))))
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images `(B, in_chans, H, W)`: logits `(B, num_classes)`."""
@@ -105,12 +109,13 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Compute the maps after chosen stages.
+        """Compute chosen features: the maps after the stages, and after the stem if it counts.
 
         Args:
             x: Images `(B, in_chans, H, W)`.
-            indices: Stages to take, negative ones from the end; the last n if an int; None for all.
-            norm: Unused: no norm follows the last stage.
+            indices: Features to take, negative ones from the end; the last n if an int; all if
+                None.
+            norm: Apply the norm that follows the last stage to the map taken there.
             stop_early: Leave out the stages after the last one taken.
             output_fmt: Only "NCHW".
             intermediates_only: Return the maps without the final one.
@@ -124,44 +129,55 @@ class Backbone(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt '{output_fmt}' is not available: use 'NCHW'")
-        taken, last = feature_take_indices(len(self.stages), indices)
+        first, count = self.num_stem_features, self.num_stem_features + len(self.stages)
+        taken, last = feature_take_indices(count, indices)
         maps: list[Tensor] = []
         x = self.forward_stem(self.image_input(x))
+        if first > 0 and 0 in taken:
+            maps.append(x)
         # TorchScript cannot slice a Sequential
         if torch.jit.is_scripting() or not stop_early:
             stages = self.stages
         else:
-            stages = self.stages[: last + 1]
-        for index, stage in enumerate(stages):
+            stages = self.stages[: last + 1 - first]
+        index = first
+        for stage in stages:
             x = stage(x)
             if index in taken:
-                maps.append(x)
+                maps.append(self.norm(x) if norm and index == count - 1 else x)
+            index += 1
         if intermediates_only:
             return maps
-        return x, maps
+        return self.norm(x) if index == count else x, maps
 
     @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one in `indices`, in place.
+        """Drop the stages after the last of the features in `indices`, in place.
 
         Args:
-            indices: Stages to keep features of, as in `forward_intermediates`.
-            prune_norm: Unused: no norm follows the last stage.
+            indices: Features to keep, as in `forward_intermediates`.
+            prune_norm: Drop the norm after the last stage too; it always goes when a stage goes.
             prune_head: Drop pooling and classifier too; they always go when a stage goes.
 
         Returns:
-            The chosen stages as non-negative indices.
+            The chosen features as non-negative indices.
         """
-        taken, last = feature_take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        first = self.num_stem_features
+        taken, last = feature_take_indices(first + len(self.stages), indices)
+        shortened = last < first + len(self.stages) - 1
+        self.stages = self.stages[: last + 1 - first]
+        if shortened or prune_norm:
+            self.norm = nn.Identity()
         if shortened:
             self.num_features = self.head_hidden_size = int(self.feature_info[last]["num_chs"])
         if shortened or prune_head:
-            self.reset_classifier(0, "")
+            self._remove_head()
         return taken
+
+    def _remove_head(self) -> None:
+        self.reset_classifier(0, "")
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from backbones.pretrained import Weights, WeightsError, load_weights
 
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # timm < 1.0.31 keeps no record of what a model was built with
+    update_model_input_size = None
+
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[dict[str, Any], nn.Module], dict[str, Tensor]]
 
@@ -130,3 +135,15 @@ def _locate(variant: str, cfg: PretrainedCfg) -> tuple[str, str | None]:
         f"{variant}: no pretrained weights are known; pass pretrained=False, or a file of your own "
         f"as pretrained_cfg_overlay=dict(file=...)"
     )
+
+
+def record_input_size(model: nn.Module, img_size: tuple[int, int], **model_args: Any) -> None:
+    """Record a change of the input size where timm's `save_for_hf` looks for it.
+
+    Args:
+        model: A model after the change.
+        img_size: Its new height and width.
+        **model_args: Constructor arguments, serialisable, that changed with it.
+    """
+    if update_model_input_size is not None:
+        update_model_input_size(model, img_size, **model_args)

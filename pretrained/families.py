@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from . import shvit
+from . import maxvit, shvit
 from .errors import WeightsError
 from .table import Weights
 
@@ -27,7 +27,10 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {"shvit": shvit}
+FAMILIES: dict[str, Family] = {"maxvit": maxvit, "shvit": shvit}
+
+# modules of timm that are not named as the family
+_TIMM_MODULES = {"maxxvit": "maxvit"}
 
 
 def weights_tables() -> dict[str, tuple[Weights, ...]]:
@@ -63,7 +66,8 @@ def family_of(model: nn.Module) -> Family:
         WeightsError: The class belongs to no known family.
     """
     for cls in type(model).__mro__:
-        family = FAMILIES.get(cls.__module__.rpartition(".")[2])
+        module = cls.__module__.rpartition(".")[2]
+        family = FAMILIES.get(_TIMM_MODULES.get(module, module))
         if family is not None:
             return family
     raise WeightsError(

@@ -9,13 +9,7 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-
-def _scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm does with its running statistics, per channel."""
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None and variance is not None
-    scale = norm.weight * (variance + norm.eps).rsqrt()
-    return scale, norm.bias - mean * scale
+from .fold import batch_norm_affine
 
 
 class ConvNorm(nn.Sequential):
@@ -55,7 +49,7 @@ class ConvNorm(nn.Sequential):
     @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
         """Return one convolution with the running statistics folded in."""
-        scale, shift = _scale_and_shift(self.bn)
+        scale, shift = batch_norm_affine(self.bn)
         fused = copy.deepcopy(self.c)
         fused.weight = nn.Parameter(self.c.weight * scale[:, None, None, None])
         fused.bias = nn.Parameter(shift)
@@ -85,7 +79,7 @@ class NormLinear(nn.Sequential):
     @torch.no_grad()
     def fuse(self) -> nn.Linear:
         """Return one linear layer with the running statistics folded in."""
-        scale, shift = _scale_and_shift(self.bn)
+        scale, shift = batch_norm_affine(self.bn)
         fused = copy.deepcopy(self.l)
         fused.weight = nn.Parameter(self.l.weight * scale)
         fused.bias = nn.Parameter(self.l.bias + self.l.weight @ shift)

@@ -1,0 +1,115 @@
+"""Convolution and pooling of stride 2 that need no padded copy of their input.
+
+Both return `ceil(n / 2)` rows and columns for `n`. Where they would have to ask whether a size is
+even, `torch.compile` and `torch.export` get a form that does not ask: one graph for all sizes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _same_eager(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    # padded by two a row too many comes first, in which the kernel sees hardly any of an even map
+    odd_h, odd_w = x.shape[2] % 2, x.shape[3] % 2
+    x = F.conv2d(x, weight, bias, 2, [2 - odd_h, 2 - odd_w], 1, groups)
+    return x[:, :, 1 - odd_h :, 1 - odd_w :]
+
+
+def _same_traced(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    # the compiler writes the padded map in place of its input
+    odd_h, odd_w = x.shape[2] % 2, x.shape[3] % 2
+    x = F.pad(x, (1, 1, 1, 1))[:, :, 1 - odd_h :, 1 - odd_w :]
+    return F.conv2d(x, weight, bias, 2, 0, 1, groups)
+
+
+@torch.fx.wrap
+def conv2d_same(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Convolve with a 3x3 kernel and stride 2, padded as TensorFlow's "same" does.
+
+    Even sizes get a zero after the last row and column, odd ones a zero on both sides.
+
+    Args:
+        x: Map `(B, C, H, W)`.
+        weight: Kernels `(C_out, C / groups, 3, 3)`.
+        bias: Vector `(C_out,)`, or None.
+        groups: Groups of channels.
+
+    Returns:
+        A map `(B, C_out, ceil(H / 2), ceil(W / 2))`.
+    """
+    if torch.jit.is_scripting():
+        return _same_eager(x, weight, bias, groups)
+    else:
+        if torch.compiler.is_compiling():
+            return _same_traced(x, weight, bias, groups)
+        return _same_eager(x, weight, bias, groups)
+
+
+class StridedConv2d(nn.Conv2d):
+    """A 3x3 convolution of stride 2, padded as TensorFlow's "same".
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels.
+        groups: Groups of channels.
+        bias: Add a bias.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        groups: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, 3, 2, groups=groups, bias=bias, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take a map `(B, C, H, W)`, return `(B, C_out, ceil(H / 2), ceil(W / 2))`."""
+        return conv2d_same(x, self.weight, self.bias, self.groups)
+
+
+def _pool_traced(x: Tensor) -> Tensor:
+    # the compiler would fix whether a size is even to learn what the last window holds
+    height, width = x.shape[2], x.shape[3]
+    x = F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2)
+    rows = torch.arange(x.shape[2], device=x.device)[:, None]
+    cols = torch.arange(x.shape[3], device=x.device)
+    shares = (1 + (2 * rows + 1 >= height).to(x.dtype)) * (1 + (2 * cols + 1 >= width).to(x.dtype))
+    return x * shares
+
+
+@torch.fx.wrap
+def avg_pool2d_ceil(x: Tensor) -> Tensor:
+    """Average windows of 2x2 pixels; those over the edge average what they hold of the map.
+
+    Args:
+        x: Map `(B, C, H, W)`.
+
+    Returns:
+        A map `(B, C, ceil(H / 2), ceil(W / 2))`.
+    """
+    if torch.jit.is_scripting():
+        return F.avg_pool2d(x, 2, 2, 0, True, False)
+    else:
+        if torch.compiler.is_compiling():
+            return _pool_traced(x)
+        return F.avg_pool2d(x, 2, 2, 0, True, False)
+
+
+class AvgPool2dCeil(nn.Module):
+    """Halve a map by averaging 2x2 windows, rounding odd sizes up (see `avg_pool2d_ceil`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take a map `(B, C, H, W)`, return `(B, C, ceil(H / 2), ceil(W / 2))`."""
+        return avg_pool2d_ceil(x)
