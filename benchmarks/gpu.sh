@@ -7,6 +7,8 @@ export PYTHONPATH=. PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
+# a later run of the same code adds to the committed rows
+cp -n benchmarks/results/ops_*.json "$out" 2>/dev/null
 
 timeout 240 python3 -m pytest -m gpu -q -p no:cacheprovider tests/ops 2>&1 | tee "$out/gpu_tests.log"
 tests=$?

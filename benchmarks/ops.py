@@ -83,7 +83,8 @@ def show(row: Row) -> str:
 
 def merged(path: Path, head: dict[str, str], rows: list[Row]) -> list[Row]:
     """Put rows to those of earlier runs of the same code on the same device; new ones win."""
-    if not path.exists():
+    # uncommitted changes may be others than last time
+    if not path.exists() or head["commit"].endswith(("-dirty", "unknown")):
         return rows
     old = json.loads(path.read_text())
     if any(old.get(key) != value for key, value in head.items()):
