@@ -294,7 +294,7 @@ def all_cases() -> list[Case]:
 def tiny_cases() -> list[Case]:
     """List calls of every kind that a CPU makes in an instant, in float32."""
 
-    def maxvit(height: int, width: int, window: int, **options: bool) -> WindowCase:
+    def maxvit(height: int, width: int, window: int, **options: Any) -> WindowCase:
         tiny = _tiny(height, width)
         return WindowCase(**tiny, channels=64, window=(window, window), **options)
 

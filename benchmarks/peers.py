@@ -211,8 +211,8 @@ class Sdpa(Peer):
         """Attend."""
         q, k, v, *bias = arguments
         mask = bias[0] if bias else None
-        if self.hidden is not None and mask is not None:
-            mask = mask.masked_fill(self.hidden, float("-inf"))
+        if self.hidden is not None:
+            mask = ~self.hidden if mask is None else mask.masked_fill(self.hidden, float("-inf"))
         return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask),)
 
     def to_map(self, result: Tensor) -> Tensor:
