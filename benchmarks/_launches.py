@@ -55,6 +55,13 @@ class Launch:
         """Name of the kernel."""
         return self.kernel.__name__
 
+    @property
+    def form(self) -> str:
+        """Equal for launches that take the same branches: what is None, what is true."""
+        values = {**dict(enumerate(self.args)), **self.options}
+        chosen = {key: v for key, v in values.items() if v is None or isinstance(v, bool)}
+        return f"{self.name} {chosen}"
+
     def specialise(self, target: GPUTarget) -> Specialised:
         """Decide what Triton compiles for this launch on `target`."""
         backend = make_backend(target)

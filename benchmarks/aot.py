@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that are not here; report registers, spills and shared memory.
 
     python benchmarks/aot.py                 all kernels, all targets, a table
-    python benchmarks/aot.py --quick         each kernel once, for sm_90
+    python benchmarks/aot.py --quick         each form of each kernel once, for sm_90
     python benchmarks/aot.py --check         compare with benchmarks/results/aot.json
     python benchmarks/aot.py --write         put the report of this version of Triton there
 
@@ -56,7 +56,7 @@ def record_units(targets: Sequence[str], quick: bool) -> list[Unit]:
 
     Args:
         targets: Names of the GPUs to compile for.
-        quick: Keep the first launch of each kernel only.
+        quick: Keep the first launch of each form of each kernel only.
     """
     import torch
 
@@ -64,23 +64,23 @@ def record_units(targets: Sequence[str], quick: bool) -> list[Unit]:
     from benchmarks.cases import window_cases
 
     units: dict[str, Unit] = {}
-    kernels: set[str] = set()
+    kernels, forms = set[str](), set[str]()
     cases = window_cases()
     while cases:
         case = cases.pop(0)
         launches = record(case.launch)
-        new = {launch.name for launch in launches} - kernels
-        kernels |= new
+        if not quick and {launch.name for launch in launches} - kernels:
+            cases += [replace(case, dtype=dtype) for dtype in (torch.float16, torch.float32)]
         for launch in launches:
-            if quick and launch.name not in new:
+            if quick and launch.form in forms:
                 continue
+            kernels.add(launch.name)
+            forms.add(launch.form)
             for target in targets:
                 specialised = launch.specialise(TARGETS[target])
                 unit = units.setdefault(specialised.key, Unit(target, specialised, []))
                 if case.name not in unit.cases:
                     unit.cases.append(case.name)
-        if new and not quick:
-            cases += [replace(case, dtype=dtype) for dtype in (torch.float16, torch.float32)]
     return list(units.values())
 
 
@@ -121,7 +121,9 @@ def _check(version: str, rows: list[Row]) -> bool:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="each kernel once, for sm_90")
+    parser.add_argument(
+        "--quick", action="store_true", help="each form of each kernel once, for sm_90"
+    )
     parser.add_argument("--check", action="store_true", help=f"compare with {RESULTS.name}")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
