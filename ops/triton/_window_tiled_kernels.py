@@ -9,7 +9,7 @@ every row, of which all three backward kernels compute the weights again.
 import triton
 import triton.language as tl
 
-from ._window_tokens import LN2, LOG2E, add_bias, load_tokens, locate, store_tokens
+from ._window_tokens import LN2, LOG2E, hide, load_bias, load_tokens, locate, store_tokens
 
 SIZES = ["H", "W", "rows", "cols", "windows"]
 
@@ -39,6 +39,7 @@ def window_tiled_fwd_kernel(
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -68,10 +69,8 @@ def window_tiled_fwd_kernel(
         k = load_tokens(qkv, pad, start + PART, keys, is_key, D, BLOCK_D)
         v = load_tokens(qkv, pad, start + 2 * PART, keys, is_key, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        scores = add_bias(scores, table, table_y, table_x, m, n, P, Q)
-        if pad is not None:
-            is_key = n < P * Q
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
+        scores += load_bias(table, table_y, table_x, m, n, P, Q, BLOCK_M, BLOCK_N)
+        scores = hide(scores, float("-inf"), n, is_key, pad, P * Q, BLOCK_N, RAGGED)
         # finite from the first tile on: the first token of a window is never hidden
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
@@ -86,14 +85,13 @@ def window_tiled_fwd_kernel(
 
 @triton.jit
 def weights_and_ds(
-    q, k, v, g, lse, delta, is_key, m, n, table, table_y, table_x, scale,
-    P: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, g, bias, lse, delta, n, is_key, pad, scale,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax weights of a tile of scores, and the gradient of the scores before scaling."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-    scores = add_bias(scores, table, table_y, table_x, m, n, P, Q)
+    """Softmax weights of a tile of scores, and the gradient of the scores."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
     weights = tl.exp2(scores - lse[:, None] * LOG2E)
-    weights = tl.where(is_key[None, :], weights, 0.0)
+    weights = hide(weights, 0.0, n, is_key, pad, N, BLOCK_N, RAGGED)
     da = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     return weights, weights * (da - delta[:, None])
 
@@ -126,6 +124,7 @@ def window_tiled_queries_kernel(
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -157,11 +156,10 @@ def window_tiled_queries_kernel(
         )
         k = load_tokens(qkv, pad, start + PART, keys, is_key, D, BLOCK_D)
         v = load_tokens(qkv, pad, start + 2 * PART, keys, is_key, D, BLOCK_D)
-        if pad is not None:
-            is_key = n < P * Q
+        bias = load_bias(table, table_y, table_x, m, n, P, Q, BLOCK_M, BLOCK_N)
         _, ds = weights_and_ds(
-            q, k, v, g, row_lse, row_delta, is_key, m, n, table, table_y, table_x, scale,
-            P, Q, PRECISION,
+            q, k, v, g, bias, row_lse, row_delta, n, is_key, pad, scale,
+            P * Q, BLOCK_N, RAGGED, PRECISION,
         )  # fmt: skip
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
     store_tokens(grad_qkv, start, pixels * 3 * C, is_query, dq * scale, D, BLOCK_D)
@@ -197,6 +195,7 @@ def window_tiled_keys_kernel(
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -210,6 +209,8 @@ def window_tiled_keys_kernel(
     start = head * HEAD
     if table is not None:
         table += head * table_h
+    if BLOCK_M >= N:
+        bias = load_bias(table, table_y, table_x, tl.arange(0, BLOCK_M), n, P, Q, BLOCK_M, BLOCK_N)
     sum_ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     pad_dk = tl.zeros((BLOCK_D,), tl.float32)
     pad_dv = tl.zeros((BLOCK_D,), tl.float32)
@@ -219,9 +220,6 @@ def window_tiled_keys_kernel(
         )
         k = load_tokens(qkv, pad, start + PART, keys, inside, D, BLOCK_D)
         v = load_tokens(qkv, pad, start + 2 * PART, keys, inside, D, BLOCK_D)
-        is_key = inside
-        if pad is not None:
-            is_key = n < N
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for first in range(0, N, BLOCK_M):
@@ -234,9 +232,11 @@ def window_tiled_keys_kernel(
             rows_at = pixels * heads + head
             row_lse = tl.load(lse + rows_at, mask=is_query, other=float("inf"))
             row_delta = tl.load(delta + rows_at, mask=is_query, other=0.0)
+            if BLOCK_M < N:
+                bias = load_bias(table, table_y, table_x, m, n, P, Q, BLOCK_M, BLOCK_N)
             weights, ds = weights_and_ds(
-                q, k, v, g, row_lse, row_delta, is_key, m, n, table, table_y, table_x, scale,
-                P, Q, PRECISION,
+                q, k, v, g, bias, row_lse, row_delta, n, inside, pad, scale,
+                N, BLOCK_N, RAGGED, PRECISION,
             )  # fmt: skip
             dv += tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
@@ -246,7 +246,7 @@ def window_tiled_keys_kernel(
         store_tokens(grad_qkv, start + PART, key_pixels * 3 * C, inside, dk, D, BLOCK_D)
         store_tokens(grad_qkv, start + 2 * PART, key_pixels * 3 * C, inside, dv, D, BLOCK_D)
         if grad_pad is not None:
-            outside = (~inside & is_key)[:, None]
+            outside = (~inside & (n < N))[:, None]
             pad_dk += tl.sum(tl.where(outside, dk, 0.0), 0)
             pad_dv += tl.sum(tl.where(outside, dv, 0.0), 0)
     if grad_bias is not None:
@@ -288,6 +288,7 @@ def window_tiled_bias_kernel(
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -301,6 +302,7 @@ def window_tiled_bias_kernel(
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     start = head * HEAD
     table += head * table_h
+    bias = load_bias(table, table_y, table_x, m, n, P, Q, BLOCK_M, BLOCK_N)
     sum_ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for window in range(group, windows, tl.num_programs(2)):
         keys, _, is_key = locate(
@@ -308,8 +310,6 @@ def window_tiled_bias_kernel(
         )
         k = load_tokens(qkv, pad, start + PART, keys, is_key, D, BLOCK_D)
         v = load_tokens(qkv, pad, start + 2 * PART, keys, is_key, D, BLOCK_D)
-        if pad is not None:
-            is_key = n < N
         tokens, pixels, is_query = locate(
             window, m, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
         )
@@ -319,8 +319,8 @@ def window_tiled_bias_kernel(
         row_lse = tl.load(lse + rows_at, mask=is_query, other=float("inf"))
         row_delta = tl.load(delta + rows_at, mask=is_query, other=0.0)
         _, ds = weights_and_ds(
-            q, k, v, g, row_lse, row_delta, is_key, m, n, table, table_y, table_x, scale,
-            P, Q, PRECISION,
+            q, k, v, g, bias, row_lse, row_delta, n, is_key, pad, scale,
+            P * Q, BLOCK_N, RAGGED, PRECISION,
         )  # fmt: skip
         sum_ds += ds
     pairs = ((group * heads + head) * N + m[:, None]) * N + n[None, :]

@@ -54,12 +54,28 @@ def store_tokens(ptr, start, offsets, inside, tokens, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def add_bias(scores, table, stride_y, stride_x, m, n, P: tl.constexpr, Q: tl.constexpr):
-    """Add the table of a head, times log2 e, to scores of queries m and keys n."""
-    if table is None:
-        return scores
-    y = m[:, None] // Q - n[None, :] // Q + (P - 1)
-    x = m[:, None] % Q - n[None, :] % Q + (Q - 1)
-    mask = (m < P * Q)[:, None] & (n < P * Q)[None, :]
-    bias = tl.load(table + y * stride_y + x * stride_x, mask=mask, other=0.0)
-    return scores + bias.to(tl.float32) * LOG2E
+def load_bias(
+    table, stride_y, stride_x, m, n,
+    P: tl.constexpr, Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What the table of a head adds to queries m and keys n, times log2 e; zero without a table."""
+    bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if table is not None:
+        y = m[:, None] // Q - n[None, :] // Q + (P - 1)
+        x = m[:, None] % Q - n[None, :] % Q + (Q - 1)
+        mask = (m < P * Q)[:, None] & (n < P * Q)[None, :]
+        entries = tl.load(table + y * stride_y + x * stride_x, mask=mask, other=0.0)
+        bias = entries.to(tl.float32) * LOG2E
+    return bias
+
+
+@triton.jit
+def hide(
+    tile, other, n, inside, pad, N: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
+    """Put `other` where keys n are hidden: beyond the window, or outside the map without `pad`."""
+    if RAGGED and pad is None:
+        tile = tl.where(inside[None, :], tile, other)
+    elif N % BLOCK_N != 0:
+        tile = tl.where((n < N)[None, :], tile, other)
+    return tile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,16 +45,24 @@ def one_tile_of(keys: int) -> Tile:
     return Tile(block, block, num_warps=max(1, block // 16))
 
 
+def one_tile_backward(keys: int, ragged: bool) -> Tile:
+    """The same for the backward pass, which is short of registers."""
+    tile = replace(one_tile_of(keys), num_stages=1)
+    return replace(tile, num_warps=2 * tile.num_warps) if ragged else tile
+
+
 def forward_tile(keys: int) -> Tile:
     """Tiles of the forward pass and of the gradient of the queries."""
     return Tile(64, 32, num_warps=4) if keys <= 192 else Tile(64, 64, num_warps=4)
 
 
 def keys_tile(keys: int) -> Tile:
-    """Tiles of the gradient of keys and values."""
-    if keys <= _ALL_QUERIES:
-        return Tile(next_power_of_2(keys), 16, num_warps=8)
-    return Tile(64, 64, num_warps=4)
+    """Tiles of the gradient of keys and values, and of the bias if one holds all queries."""
+    if keys > _ALL_QUERIES:
+        return Tile(64, 64, num_warps=8, num_stages=1)
+    block = next_power_of_2(keys)
+    # masks take the registers that fetching ahead would need
+    return Tile(block, 16, num_warps=8, num_stages=2 if keys == block else 1)
 
 
 def bias_tile() -> Tile:
@@ -72,8 +80,9 @@ class _Call:
         self.batch, self.height, self.width, channels = qkv.shape
         self.rows, self.cols = cells(self.height, self.width, windows.size)
         self.count = self.batch * self.rows * self.cols
-        # no token lies outside
-        if self.rows * windows.height == self.height and self.cols * windows.width == self.width:
+        whole = (self.rows * windows.height, self.cols * windows.width)
+        self.ragged = whole != (self.height, self.width)
+        if not self.ragged:
             self.pad = None
         self.channels, self.heads = channels // 3, windows.num_heads
         self.dim = self.channels // self.heads
@@ -99,6 +108,7 @@ class _Call:
             "P": self.windows.height,
             "Q": self.windows.width,
             "GRID": self.windows.grid,
+            "RAGGED": self.ragged,
             "BLOCK_D": max(16, next_power_of_2(self.dim)),
             "PRECISION": input_precision(self.qkv),
         }
@@ -113,11 +123,11 @@ class _Call:
         size = 4 * self.heads * self.windows.keys**2
         return min(self.programs(4, per_window), max(1, _PARTIAL_BYTES // size))
 
-    def new_pairs(self, parts: int) -> Tensor | None:
+    def new_pairs(self, parts: int, row: int) -> Tensor | None:
         """Room for parts of the gradient of the bias; None if there is no table."""
         if self.table is None:
             return None
-        shape = (parts, self.heads, self.windows.keys, self.windows.keys)
+        shape = (parts, self.heads, row, row)
         return self.qkv.new_empty(shape, dtype=torch.float32)
 
     def new_vectors(self, parts: int) -> Tensor | None:
@@ -192,9 +202,9 @@ def backward(
 def _backward_one_tile(
     call: _Call, grad: Tensor, grad_qkv: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    tile = one_tile_of(call.windows.keys)
+    tile = one_tile_backward(call.windows.keys, call.ragged and call.table is not None)
     programs = call.programs(4, call.heads)
-    pairs, vectors = call.new_pairs(programs), call.new_vectors(programs)
+    pairs, vectors = call.new_pairs(programs, tile.block_n), call.new_vectors(programs)
     one_tile.window_bwd_kernel[(call.heads, programs)](
         grad, call.qkv, call.table, call.pad, grad_qkv, pairs, vectors,
         *call.strides, *call.sizes, call.count, call.windows.scale,
@@ -218,7 +228,7 @@ def _backward_tiled(
     tile = keys_tile(keys)
     blocks, all_queries = cdiv(keys, tile.block_n), tile.block_m >= keys
     groups = call.groups(call.heads * blocks)
-    pairs = call.new_pairs(groups) if all_queries else None
+    pairs = call.new_pairs(groups, keys) if all_queries else None
     vectors = call.new_vectors(groups * blocks)
     tiled.window_tiled_keys_kernel[(blocks, call.heads, groups)](
         grad, call.qkv, call.table, call.pad, lse, delta, grad_qkv, pairs, vectors,
@@ -231,7 +241,7 @@ def _backward_tiled(
     tile = bias_tile()
     blocks = cdiv(keys, tile.block_m) * cdiv(keys, tile.block_n)
     groups = call.groups(call.heads * blocks)
-    pairs = call.new_pairs(groups)
+    pairs = call.new_pairs(groups, keys)
     tiled.window_tiled_bias_kernel[(blocks, call.heads, groups)](
         grad, call.qkv, call.table, call.pad, lse, delta, pairs,
         *call.strides, *call.sizes, call.count, scale,
@@ -241,11 +251,18 @@ def _backward_tiled(
 
 
 def _sum_offsets(pairs: Tensor | None, windows: Windows) -> Tensor:
-    """The gradient of the table of partial gradients of the bias `(parts, heads, N, N)`."""
+    """The gradient of the table of partial gradients of the bias `(parts, heads, row, row)`."""
     assert pairs is not None
     p, q = windows.size
     out = pairs.new_empty((windows.num_heads, 2 * p - 1, 2 * q - 1))
     one_tile.offset_sum_kernel[((2 * p - 1) * (2 * q - 1), windows.num_heads)](
-        pairs.sum(0), out, P=p, Q=q, BLOCK=64, num_warps=1, enable_fp_fusion=True
+        pairs.sum(0),
+        out,
+        ROW=pairs.shape[-1],
+        P=p,
+        Q=q,
+        BLOCK=64,
+        num_warps=1,
+        enable_fp_fusion=True,
     )
     return out
