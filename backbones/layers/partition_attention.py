@@ -19,8 +19,6 @@ from .relative_position import (
     Window,
 )
 
-HEAD_DIM = 32
-
 REL_POS = {
     "tf": RelativePositionBiasTf,
     "rw": RelativePositionBias,
@@ -59,8 +57,7 @@ class PartitionAttention(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.num_heads = dim // HEAD_DIM
-        self.scale = HEAD_DIM**-0.5
+        self.num_heads = dim // 32
         self.window_size = window_size
         self.grid = grid
         self.head_first = style != "tf"
@@ -71,15 +68,15 @@ class PartitionAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, H, W, dim)`, return `(B, H, W, out_dim)`."""
-        qkv, table = self.qkv(x), self.rel_pos()
-        heads, window = self.num_heads, self.window_size
+        qkv, table = self.qkv(x), self.rel_pos.get_table()
+        heads, window, scale = self.num_heads, self.window_size, 32**-0.5
         if self.exportable:
             x = window_attention_reference(
-                qkv, table, heads, window, self.grid, self.head_first, None, self.scale
+                qkv, table, heads, window, self.grid, self.head_first, None, scale
             )
         else:
             x = window_attention(
-                qkv, table, heads, window, self.grid, self.head_first, None, self.scale
+                qkv, table, heads, window, self.grid, self.head_first, None, scale
             )
         return self.proj(x)
 

@@ -1,7 +1,10 @@
 """Relative position bias: three ways to the table that `backbones.ops.window_attention` reads.
 
-Each module returns a table `(heads, 2P - 1, 2Q - 1)` for windows of P x Q tokens; the bias of query
-i and key j stands at row `yi - yj + P - 1` and column `xi - xj + Q - 1`.
+The `get_table()` of each module gives `(heads, 2P - 1, 2Q - 1)` for windows of P x Q tokens; the
+bias of query i and key j stands at row `yi - yj + P - 1` and column `xi - xj + Q - 1`.
+
+A method and not `forward`: hooks on modules, those of PyTorch's FLOP counter among them, stumble
+over a view of a parameter.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ class RelativePositionBias(nn.Module):
         table = torch.empty(prod(offsets(window_size)), num_heads, device=device, dtype=dtype)
         self.relative_position_bias_table = nn.Parameter(trunc_normal_(table, std=0.02))
 
-    def forward(self) -> Tensor:
+    def get_table(self) -> Tensor:
         """Return the table, a view of the parameter."""
         rows, cols = 2 * self.window_size[0] - 1, 2 * self.window_size[1] - 1
         return self.relative_position_bias_table.view(rows, cols, -1).permute(2, 0, 1)
@@ -106,7 +109,7 @@ class RelativePositionBias(nn.Module):
     @torch.no_grad()
     def fuse(self) -> RelativePositionTable:
         """Return the finished table."""
-        return RelativePositionTable(self(), self.window_size)
+        return RelativePositionTable(self.get_table(), self.window_size)
 
 
 class RelativePositionBiasTf(nn.Module):
@@ -127,7 +130,7 @@ class RelativePositionBiasTf(nn.Module):
         table = torch.empty(num_heads, *offsets(window_size), device=device, dtype=dtype)
         self.relative_position_bias_table = nn.Parameter(nn.init.normal_(table, std=0.02))
 
-    def forward(self) -> Tensor:
+    def get_table(self) -> Tensor:
         """Return the table with the offsets the other way round."""
         return self.relative_position_bias_table.flip(1, 2)
 
@@ -147,7 +150,7 @@ class RelativePositionBiasTf(nn.Module):
     @torch.no_grad()
     def fuse(self) -> RelativePositionTable:
         """Return the finished table."""
-        return RelativePositionTable(self(), self.window_size)
+        return RelativePositionTable(self.get_table(), self.window_size)
 
 
 class RelativePositionMlp(nn.Module):
@@ -179,7 +182,7 @@ class RelativePositionMlp(nn.Module):
         like = torch.empty(0, **dd)
         self.register_buffer("log_offsets", _log_offsets(window_size, like), persistent=False)
 
-    def forward(self) -> Tensor:
+    def get_table(self) -> Tensor:
         """Return the table, computed anew."""
         return self.mlp(self.log_offsets).permute(2, 0, 1)
 
@@ -195,7 +198,7 @@ class RelativePositionMlp(nn.Module):
     @torch.no_grad()
     def fuse(self) -> RelativePositionTable:
         """Return the finished table, without dropout."""
-        return RelativePositionTable(self.eval()(), self.window_size)
+        return RelativePositionTable(self.eval().get_table(), self.window_size)
 
 
 def _log_offsets(window: Window, like: Tensor) -> Tensor:
@@ -218,7 +221,7 @@ class RelativePositionTable(nn.Module):
         self.window_size = window_size
         self.register_buffer("table", table.contiguous())
 
-    def forward(self) -> Tensor:
+    def get_table(self) -> Tensor:
         """Return the table."""
         return self.table
 

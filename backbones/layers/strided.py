@@ -13,16 +13,22 @@ from torch import Tensor, nn
 
 
 def _same_eager(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    # padded by two a row too many comes first, in which the kernel sees hardly any of an even map
     odd_h, odd_w = x.shape[2] % 2, x.shape[3] % 2
+    if groups == 1:
+        # images have few channels: copying them is cheaper than what follows
+        x = F.pad(x, (odd_w, 1, odd_h, 1))
+        return F.conv2d(x, weight, bias, 2, 0, 1, groups)
+    # padded by two, an even map gives one row and one column too many, the first
     x = F.conv2d(x, weight, bias, 2, [2 - odd_h, 2 - odd_w], 1, groups)
     return x[:, :, 1 - odd_h :, 1 - odd_w :]
 
 
 def _same_traced(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    # the compiler writes the padded map in place of its input
-    odd_h, odd_w = x.shape[2] % 2, x.shape[3] % 2
-    x = F.pad(x, (1, 1, 1, 1))[:, :, 1 - odd_h :, 1 - odd_w :]
+    # both ways to pad, of one size, and a choice by value, which the compiler fuses with them
+    zero = torch.arange(1, device=x.device)
+    odd_h, odd_w = zero < x.shape[2] % 2, zero < x.shape[3] % 2
+    x = torch.where(odd_h, F.pad(x, (0, 0, 1, 1)), F.pad(x, (0, 0, 0, 2)))
+    x = torch.where(odd_w, F.pad(x, (1, 1)), F.pad(x, (0, 2)))
     return F.conv2d(x, weight, bias, 2, 0, 1, groups)
 
 
