@@ -86,8 +86,14 @@ def compiler(device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def measure(case: Case, name: str, device: str) -> list[Row]:
     """Check and, on a GPU, time one peer of a case; what fails is a row with an `error`."""
     torch._dynamo.reset()
-    base: Row = {"op": case.op, "case": case.name, "dtype": str(case.dtype).removeprefix("torch.")}
-    base["peer"], rows = name, list[Row]()
+    rows: list[Row] = []
+    base: Row = {
+        "op": case.op,
+        "case": case.name,
+        "shape": [case.batch, case.height, case.width, case.channels],
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "peer": name,
+    }
     try:
         peer = PEERS[case.op][name](case, compiler(device))
         base["difference"] = difference(case, peer, device)
@@ -98,7 +104,8 @@ def measure(case: Case, name: str, device: str) -> list[Row]:
             rows.append(base | (_time if device == "cuda" else _prove)(case, peer, mode))
     # a peer may lack a kernel, run out of memory or not compile; the others go on
     except Exception as error:
-        rows.append({**base, "error": f"{type(error).__name__}: {error}".split("\n")[0]})
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        rows.append({**base, "error": message[:400]})
     if device == "cuda":
         torch.cuda.empty_cache()
     return rows

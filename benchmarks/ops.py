@@ -140,8 +140,9 @@ def on_cpu(arguments: argparse.Namespace) -> int:
     ]
     print(*map(show, rows), sep="\n")
     print("no GPU: tiny cases on the CPU, no result written")
-    wrong = [row for row in rows if not row.get("error", "NotImplementedError").startswith("NotI")]
-    return 1 if wrong else 0
+    errors = [row["error"] for row in rows if "error" in row]
+    # what a peer says that it cannot do is no fault
+    return 0 if all(error.startswith("NotImplementedError") for error in errors) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
