@@ -147,8 +147,8 @@ def record(call: Callable[[], None]) -> list[Launch]:
 def resources(compiled: CompiledKernel, target: GPUTarget) -> dict[str, Any]:
     """Read off registers, stack and shared memory in bytes, and counts of instructions.
 
-    On NVIDIA the stack holds what does not fit the registers; on AMD `stack` is the private
-    segment, and registers are those of the vector unit and the matrix unit together.
+    On NVIDIA the stack holds what does not fit the registers, moved by STL and LDL; on AMD `stack`
+    is the private segment, and registers are those of the vector and the matrix unit together.
     """
     use = _nvidia(compiled.asm["cubin"]) if target.backend == "cuda" else _amd(compiled.asm)
     return {**use, "shared": compiled.metadata.shared}
