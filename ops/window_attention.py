@@ -28,6 +28,7 @@ from torch import Tensor
 from ._common import accumulation_dtype, autocast, kernels, reference_in_use
 from ._windows import (
     Windows,
+    cells,
     inside,
     merge,
     pack_heads,
@@ -106,9 +107,10 @@ class _Tokens:
 
     def merge(self, tokens: Tensor) -> Tensor:
         """The map `(B, H, W, C)` of windows `(B * G, N, C)`."""
-        batch, height, width = self.map_size
-        tokens = tokens.unflatten(0, (batch, -1))
-        return merge(tokens, self.windows.size, self.windows.grid, height, width)
+        (batch, height, width), size = self.map_size, self.windows.size
+        rows, cols = cells(height, width, size)
+        tokens = tokens.reshape(batch, rows * cols, *tokens.shape[1:])
+        return merge(tokens, size, self.windows.grid, height, width)
 
 
 def _forward_pytorch(
@@ -338,14 +340,14 @@ def window_attention(
     Source:
         Swin, arXiv 2103.14030, section 3.2; MaxViT, arXiv 2204.01697, section 3.2.
     """
-    factor = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
     if torch.jit.is_scripting():
+        factor = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else scale
         height, width = window_size
         return torch.ops.backbones.window_attention(
             qkv, table, pad, num_heads, height, width, grid, head_first, factor
         )[0]
     else:
-        return _dispatch(qkv, table, pad, num_heads, window_size, grid, head_first, factor)
+        return _dispatch(qkv, table, pad, num_heads, window_size, grid, head_first, scale)
 
 
 def _dispatch(
@@ -356,7 +358,7 @@ def _dispatch(
     window_size: tuple[int, int],
     grid: bool,
     head_first: bool,
-    scale: float,
+    scale: float | None,
 ) -> Tensor:
     if not isinstance(qkv, torch.fx.Proxy):
         # a trace sees sizes as tensors
@@ -367,6 +369,8 @@ def _dispatch(
             return window_attention_reference(
                 qkv, table, num_heads, window_size, grid, head_first, pad, scale
             )
+    if scale is None:
+        scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
     # through the packet, which torch.fx records; a call of the Python object it would not
     return torch.ops.backbones.window_attention(
         qkv, table, pad, num_heads, *window_size, grid, head_first, scale
