@@ -61,11 +61,11 @@ def record_units(targets: Sequence[str], quick: bool) -> list[Unit]:
     import torch
 
     from benchmarks._launches import TARGETS, record
-    from benchmarks.cases import window_cases
+    from benchmarks.cases import all_cases
 
     units: dict[str, Unit] = {}
     kernels, forms = set[str](), set[str]()
-    cases = window_cases()
+    cases = [case for case in all_cases() if case.has_kernels]
     while cases:
         case = cases.pop(0)
         launches = record(case.launch)

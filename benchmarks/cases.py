@@ -40,6 +40,7 @@ class Case:
     """
 
     op: ClassVar[str]
+    has_kernels: ClassVar[bool] = False
 
     model: str
     image: tuple[int, int]
@@ -68,6 +69,10 @@ class Case:
         """Return the public op, or its reference, bound to the options of this case."""
         raise NotImplementedError
 
+    def launch(self) -> None:
+        """Call the launchers of the forward and the backward kernels with meta tensors."""
+        raise NotImplementedError
+
     def floor(self, training: bool) -> Floor:
         """Count what a forward pass needs, or a forward and a backward pass."""
         raise NotImplementedError
@@ -86,6 +91,7 @@ class WindowCase(Case):
     """
 
     op: ClassVar[str] = "window_attention"
+    has_kernels: ClassVar[bool] = True
 
     window: tuple[int, int]
     grid: bool = False
