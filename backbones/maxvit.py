@@ -37,10 +37,9 @@ from ._backbone import Backbone
 from ._builder import build_model, generate_cfgs, record_input_size
 from ._registry import register_model
 from .layers import ConvStem, MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
+from .layers.relative_position import Window
 
 __all__ = ["MaxViT"]
-
-Window = tuple[int, int]
 
 _TABLE = ".relative_position_bias_table"
 
@@ -75,8 +74,8 @@ class MaxViT(Backbone):
         dtype: Their type.
 
     Raises:
-        ValueError: An unknown style; windows without tokens, or that parallel blocks cannot have; a
-            pooling that changes the width.
+        ValueError: An unknown style; windows without tokens; windows or LayerScales that parallel
+            blocks cannot have; a pooling that changes the width.
     """
 
     def __init__(
@@ -104,6 +103,8 @@ class MaxViT(Backbone):
         dd = {"device": device, "dtype": dtype}
         if style not in ("tf", "rw", "rmlp"):
             raise ValueError(f"style={style!r} is unknown: use 'tf', 'rw' or 'rmlp'")
+        if parallel and init_values is not None:
+            raise ValueError(f"init_values={init_values}: parallel blocks have no LayerScale")
         self.style, self.parallel, self.drop_rate = style, parallel, drop_rate
         self.img_size, self.partition_ratio = to_2tuple(img_size), transformer_partition_ratio
         window, grid = self._partition_sizes(
@@ -112,18 +113,11 @@ class MaxViT(Backbone):
             transformer_window_size,
             transformer_grid_size or transformer_window_size,
         )
-        block = (
-            partial(ParallelMultiAxisBlock, style=style, partition_size=window, **dd)
-            if parallel
-            else partial(
-                MultiAxisBlock,
-                style=style,
-                window_size=window,
-                grid_size=grid,
-                init_values=init_values,
-                **dd,
-            )
-        )
+        sizes: dict[str, Any] = {"window_size": window, "grid_size": grid}
+        block = partial(MultiAxisBlock, init_values=init_values, **sizes)
+        if parallel:
+            block = partial(ParallelMultiAxisBlock, partition_size=window)
+        block = partial(block, style=style, **dd)
         self.stem = ConvStem(in_chans, stem_width, style == "tf", **dd)
         self.feature_info = [{"num_chs": stem_width[-1], "reduction": 2, "module": "stem"}]
         stages, in_dim = [], stem_width[-1]
@@ -351,85 +345,85 @@ def maxvit_tiny_tf_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
 
 @register_model
 def maxvit_tiny_tf_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-T at 384: 31.0 M parameters, 17.39 GMACs."""
+    """MaxViT-T at 384: 31.0 M parameters, 17.30 GMACs."""
     return _create_maxvit("maxvit_tiny_tf_384", pretrained, _TINY_TF, **kwargs)
 
 
 @register_model
 def maxvit_tiny_tf_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-T at 512: 31.0 M parameters, 33.25 GMACs."""
+    """MaxViT-T at 512: 31.0 M parameters, 32.87 GMACs."""
     return _create_maxvit("maxvit_tiny_tf_512", pretrained, _TINY_TF, **kwargs)
 
 
 @register_model
 def maxvit_small_tf_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-S at 224: 68.9 M parameters, 11.59 GMACs."""
+    """MaxViT-S at 224: 68.9 M parameters, 11.58 GMACs."""
     return _create_maxvit("maxvit_small_tf_224", pretrained, _SMALL_TF, **kwargs)
 
 
 @register_model
 def maxvit_small_tf_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-S at 384: 69.0 M parameters, 35.67 GMACs."""
+    """MaxViT-S at 384: 69.0 M parameters, 35.53 GMACs."""
     return _create_maxvit("maxvit_small_tf_384", pretrained, _SMALL_TF, **kwargs)
 
 
 @register_model
 def maxvit_small_tf_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-S at 512: 69.1 M parameters, 66.91 GMACs."""
+    """MaxViT-S at 512: 69.1 M parameters, 66.34 GMACs."""
     return _create_maxvit("maxvit_small_tf_512", pretrained, _SMALL_TF, **kwargs)
 
 
 @register_model
 def maxvit_base_tf_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-B at 224: 119.5 M parameters, 23.92 GMACs."""
+    """MaxViT-B at 224: 119.5 M parameters, 23.90 GMACs."""
     return _create_maxvit("maxvit_base_tf_224", pretrained, _BASE_TF, **kwargs)
 
 
 @register_model
 def maxvit_base_tf_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-B at 384: 119.7 M parameters, 73.45 GMACs."""
+    """MaxViT-B at 384: 119.7 M parameters, 73.17 GMACs."""
     return _create_maxvit("maxvit_base_tf_384", pretrained, _BASE_TF, **kwargs)
 
 
 @register_model
 def maxvit_base_tf_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-B at 512: 119.9 M parameters, 137.4 GMACs."""
+    """MaxViT-B at 512: 119.9 M parameters, 136.2 GMACs."""
     return _create_maxvit("maxvit_base_tf_512", pretrained, _BASE_TF, **kwargs)
 
 
 @register_model
 def maxvit_large_tf_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-L at 224: 211.8 M parameters, 43.52 GMACs."""
+    """MaxViT-L at 224: 211.8 M parameters, 43.50 GMACs."""
     return _create_maxvit("maxvit_large_tf_224", pretrained, _LARGE_TF, **kwargs)
 
 
 @register_model
 def maxvit_large_tf_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-L at 384: 212.0 M parameters, 132.1 GMACs."""
+    """MaxViT-L at 384: 212.0 M parameters, 131.7 GMACs."""
     return _create_maxvit("maxvit_large_tf_384", pretrained, _LARGE_TF, **kwargs)
 
 
 @register_model
 def maxvit_large_tf_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-L at 512: 212.3 M parameters, 243.9 GMACs."""
+    """MaxViT-L at 512: 212.3 M parameters, 242.4 GMACs."""
     return _create_maxvit("maxvit_large_tf_512", pretrained, _LARGE_TF, **kwargs)
 
 
 @register_model
 def maxvit_xlarge_tf_224(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-XL at 224: 475.0 M parameters, 97.26 GMACs."""
+    """MaxViT-XL at 224: 475.0 M parameters, 97.22 GMACs with 1000 classes."""
     return _create_maxvit("maxvit_xlarge_tf_224", pretrained, _XLARGE_TF, **kwargs)
 
 
 @register_model
 def maxvit_xlarge_tf_384(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-XL at 384: 475.3 M parameters, 292.1 GMACs."""
+    """MaxViT-XL at 384: 475.3 M parameters, 291.5 GMACs."""
     return _create_maxvit("maxvit_xlarge_tf_384", pretrained, _XLARGE_TF, **kwargs)
 
 
 @register_model
 def maxvit_xlarge_tf_512(pretrained: bool = False, **kwargs: Any) -> MaxViT:
-    """MaxViT-XL at 512: 475.8 M parameters, 532.9 GMACs."""
+    """MaxViT-XL at 512: 475.8 M parameters, 530.6 GMACs."""
     return _create_maxvit("maxvit_xlarge_tf_512", pretrained, _XLARGE_TF, **kwargs)
 
 

@@ -7,12 +7,12 @@ import timm
 import torch
 
 import backbones
-from backbones.pretrained import find_weights
+from backbones.pretrained import WeightsError, find_weights
 from tests.support.process import ROOT
 
 README = (ROOT / "README.md").read_text()
 ROWS = re.findall(
-    r"^\| `(\w+)` \| ([\d.]+) M \| ([\d.]+) \| (\d+) \| ([\d.]+) \| .*$", README, re.M
+    r"^\| `(\w+)` \| ([\d.]+) M \| ([\d.]+) \| (\d+) \| ([\d.]+|-) \| (.*) \|$", README, re.M
 )
 # the one with an official file runs in tests/backbones/test_builder.py, which makes such a file
 BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "shvit_s1.pth" not in b]
@@ -22,16 +22,22 @@ def test_every_model_has_a_row():
     assert [row[0] for row in ROWS] == backbones.list_models()
 
 
-@pytest.mark.parametrize("name, millions, macs, size, top1", ROWS)
-def test_row(name, millions, macs, size, top1):
+@pytest.mark.parametrize("name, millions, macs, size, top1, link", ROWS)
+def test_row(name, millions, macs, size, top1, link):
     model = timm.create_model(name, device="meta")
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == millions
     input_size = model.pretrained_cfg["input_size"]
     assert input_size == (3, int(size), int(size))
     assert f"{backbones.ops.count_macs(model, input_size) / 1e9:.3f}" == macs
+    if link == "-":
+        with pytest.raises(WeightsError):
+            find_weights(name)
+        return
     weights = find_weights(name)
-    assert weights.top1["paper"] == float(top1)
-    assert f"[`{weights.name}`](https://huggingface.co/{weights.hub_id})" in README
+    known = weights.top1.get("paper", weights.top1.get("timm"))
+    assert known == (None if top1 == "-" else float(top1))
+    assert link.startswith(f"[`{weights.name}`](https://huggingface.co/{weights.hub_id}), ")
+    assert link.lower().endswith(weights.license)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

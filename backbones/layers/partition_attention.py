@@ -75,9 +75,7 @@ class PartitionAttention(nn.Module):
                 qkv, table, heads, window, self.grid, self.head_first, None, scale
             )
         else:
-            x = window_attention(
-                qkv, table, heads, window, self.grid, self.head_first, None, scale
-            )
+            x = window_attention(qkv, table, heads, window, self.grid, self.head_first, None, scale)
         return self.proj(x)
 
     def set_window_size(self, window_size: Window) -> None:

@@ -327,6 +327,8 @@ def test_bad_images_and_arguments_are_named():
         ours("tf", img_size=(31, 64))
     with pytest.raises(ValueError, match=r"windows of \(2, 2\) and grids of \(3, 3\) differ"):
         ours("parallel", transformer_grid_size=3)
+    with pytest.raises(ValueError, match=r"init_values=1e-06: parallel blocks"):
+        ours("parallel", init_values=1e-6)
     model = ours("tf", device="meta")
     with pytest.raises(ValueError, match=r"img_size=\(16, 16\) is too small"):
         model.set_input_size(16)

@@ -2,7 +2,7 @@ import pytest
 import timm
 from torch import nn
 
-from backbones.pretrained import FAMILIES, WeightsError, find_weights, shvit, weights_tables
+from backbones.pretrained import FAMILIES, WeightsError, find_weights, maxvit, shvit, weights_tables
 from backbones.pretrained.families import family_of
 
 
@@ -18,7 +18,7 @@ def test_find_weights(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("shvit_s9.in1k", "did you mean"), ("zzz", "known: shvit")]
+    ("name", "hint"), [("shvit_s9.in1k", "did you mean"), ("zzz", "known: maxvit, shvit")]
 )
 def test_unknown_weights(name, hint):
     with pytest.raises(WeightsError, match=f"'{name}'.*{hint}"):
@@ -30,6 +30,9 @@ def test_family_is_found_from_the_class():
     assert family_of(model) is shvit
     subclass = type("Mine", (type(model),), {"__module__": "elsewhere"})
     assert family_of(subclass.__new__(subclass)) is shvit
+    # timm spells the module of its class otherwise
+    for name in ("maxvit_pico_rw_256", "test_maxvit"):
+        assert family_of(timm.create_model(name, device="meta")) is maxvit
 
 
 def test_model_of_no_family():
