@@ -38,6 +38,10 @@ class Tile:
             "enable_fp_fusion": True,
         }
 
+    def doubled(self) -> Tile:
+        """The same tile for twice the warps, and nothing fetched ahead: fewer registers each."""
+        return replace(self, num_warps=2 * self.num_warps, num_stages=1)
+
 
 def one_tile_of(keys: int) -> Tile:
     """The tile that holds a window of at most 64 keys."""
@@ -45,29 +49,31 @@ def one_tile_of(keys: int) -> Tile:
     return Tile(block, block, num_warps=max(1, block // 16))
 
 
-def one_tile_backward(keys: int, ragged: bool) -> Tile:
-    """The same for the backward pass, which is short of registers."""
+def one_tile_backward(keys: int, crowded: bool) -> Tile:
+    """The same for the backward pass; `crowded` where it needs more registers than usual."""
     tile = replace(one_tile_of(keys), num_stages=1)
-    return replace(tile, num_warps=2 * tile.num_warps) if ragged else tile
+    return tile.doubled() if crowded else tile
 
 
-def forward_tile(keys: int) -> Tile:
-    """Tiles of the forward pass and of the gradient of the queries."""
-    return Tile(64, 32, num_warps=4) if keys <= 192 else Tile(64, 64, num_warps=4)
+def forward_tile(keys: int, wide: bool) -> Tile:
+    """Tiles of the forward pass and of the gradient of the queries; `wide` for float32."""
+    tile = Tile(64, 32 if keys <= 192 else 64, num_warps=4)
+    return tile.doubled() if wide else tile
 
 
-def keys_tile(keys: int) -> Tile:
+def keys_tile(keys: int, wide: bool) -> Tile:
     """Tiles of the gradient of keys and values, and of the bias if one holds all queries."""
     if keys > _ALL_QUERIES:
         return Tile(64, 64, num_warps=8, num_stages=1)
     block = next_power_of_2(keys)
     # masks take the registers that fetching ahead would need
-    return Tile(block, 16, num_warps=8, num_stages=2 if keys == block else 1)
+    tile = Tile(block, 16, num_warps=8, num_stages=2 if keys == block else 1)
+    return tile.doubled() if wide else tile
 
 
 def bias_tile() -> Tile:
     """Tiles of the gradient of the bias, for windows of too many queries for one tile."""
-    return Tile(64, 64, num_warps=4)
+    return Tile(64, 64, num_warps=8, num_stages=1)
 
 
 class _Call:
@@ -86,6 +92,7 @@ class _Call:
             self.pad = None
         self.channels, self.heads = channels // 3, windows.num_heads
         self.dim = self.channels // self.heads
+        self.wide = qkv.dtype == torch.float32
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -157,7 +164,7 @@ def forward(
                 **call.constants, BLOCK_N=tile.block_n, **tile.options,
             )  # fmt: skip
             return out, qkv.new_empty(0, dtype=torch.float32)
-        tile = forward_tile(windows.keys)
+        tile = forward_tile(windows.keys, call.wide)
         lse = qkv.new_empty((*qkv.shape[:3], call.heads), dtype=torch.float32)
         blocks = cdiv(windows.keys, tile.block_m)
         tiled.window_tiled_fwd_kernel[(call.count * call.heads * blocks,)](
@@ -202,7 +209,9 @@ def backward(
 def _backward_one_tile(
     call: _Call, grad: Tensor, grad_qkv: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    tile = one_tile_backward(call.windows.keys, call.ragged and call.table is not None)
+    tile = one_tile_backward(
+        call.windows.keys, call.wide or (call.ragged and call.table is not None)
+    )
     programs = call.programs(4, call.heads)
     pairs, vectors = call.new_pairs(programs, tile.block_n), call.new_vectors(programs)
     one_tile.window_bwd_kernel[(call.heads, programs)](
@@ -218,14 +227,14 @@ def _backward_tiled(
 ) -> tuple[Tensor | None, Tensor | None]:
     keys, scale = call.windows.keys, call.windows.scale
     delta = torch.empty_like(lse)
-    tile = forward_tile(keys)
+    tile = forward_tile(keys, call.wide)
     tiled.window_tiled_queries_kernel[(call.count * call.heads * cdiv(keys, tile.block_m),)](
         grad, call.qkv, call.table, call.pad, out, lse, delta, grad_qkv,
         *call.strides, *call.sizes, scale,
         **call.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
     )  # fmt: skip
 
-    tile = keys_tile(keys)
+    tile = keys_tile(keys, call.wide)
     blocks, all_queries = cdiv(keys, tile.block_n), tile.block_m >= keys
     groups = call.groups(call.heads * blocks)
     pairs = call.new_pairs(groups, keys) if all_queries else None
