@@ -57,8 +57,9 @@ def one_tile_backward(keys: int, crowded: bool) -> Tile:
 
 def forward_tile(keys: int, wide: bool) -> Tile:
     """Tiles of the forward pass and of the gradient of the queries; `wide` for float32."""
-    tile = Tile(64, 32 if keys <= 192 else 64, num_warps=4)
-    return tile.doubled() if wide else tile
+    if wide:
+        return Tile(64, 32, num_warps=8)
+    return Tile(64, 32 if keys <= 192 else 64, num_warps=4)
 
 
 def keys_tile(keys: int, wide: bool) -> Tile:
