@@ -58,7 +58,7 @@ def one_tile_backward(keys: int, crowded: bool) -> Tile:
 def forward_tile(keys: int, wide: bool) -> Tile:
     """Tiles of the forward pass and of the gradient of the queries; `wide` for float32."""
     if wide:
-        return Tile(64, 32, num_warps=8)
+        return Tile(64, 32, num_warps=8, num_stages=1)
     return Tile(64, 32 if keys <= 192 else 64, num_warps=4)
 
 
