@@ -15,7 +15,7 @@ images: any size runs, on maps that the windows do not fill with the tokens outs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -114,7 +114,7 @@ class MaxViT(Backbone):
             transformer_grid_size or transformer_window_size,
         )
         sizes: dict[str, Any] = {"window_size": window, "grid_size": grid}
-        block = partial(MultiAxisBlock, init_values=init_values, **sizes)
+        block: Callable[..., nn.Module] = partial(MultiAxisBlock, init_values=init_values, **sizes)
         if parallel:
             block = partial(ParallelMultiAxisBlock, partition_size=window)
         block = partial(block, style=style, **dd)
@@ -240,9 +240,9 @@ class MaxViT(Backbone):
         super().set_input_size(size)
         ratio = self.partition_ratio if partition_ratio is None else partition_ratio
         window, grid = self._partition_sizes(size, ratio, window_size, grid_size)
-        for stage in self.stages:
-            for block in stage.blocks:
-                block.set_partition_size(window, grid)
+        for module in self.modules():
+            if isinstance(module, (MultiAxisBlock, ParallelMultiAxisBlock)):
+                module.set_partition_size(window, grid)
         self.img_size, self.partition_ratio = size, ratio
         record_input_size(
             self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -84,10 +85,11 @@ class PartitionAttention(nn.Module):
         self.window_size = window_size
 
 
-def norm_and_act(tensorflow: bool) -> tuple[type[nn.Module], type[nn.Module]]:
-    """LayerNorm with the eps, and the activation, of one of the two families of weights."""
-    eps, act = (1e-5, partial(nn.GELU, approximate="tanh")) if tensorflow else (1e-6, nn.GELU)
-    return partial(LayerNorm, eps=eps), act  # type: ignore[return-value]
+def norm_and_act(style: str) -> tuple[Callable[..., nn.LayerNorm], Callable[..., nn.Module]]:
+    """LayerNorm and activation of a style, with their eps and approximation."""
+    if style == "tf":
+        return partial(LayerNorm, eps=1e-5), partial(nn.GELU, approximate="tanh")
+    return partial(LayerNorm, eps=1e-6), nn.GELU
 
 
 class PartitionBlock(nn.Module):
@@ -117,7 +119,7 @@ class PartitionBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        norm, act = norm_and_act(style == "tf")
+        norm, act = norm_and_act(style)
 
         def layer_scale() -> nn.Module:
             return nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
@@ -171,7 +173,7 @@ class ParallelPartitionBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        norm, act = norm_and_act(style == "tf")
+        norm, act = norm_and_act(style)
         self.norm1 = norm(dim, **dd)
         self.attn_block = PartitionAttention(dim, window_size, False, style, dim // 2, **dd)
         self.attn_grid = PartitionAttention(dim, window_size, True, style, dim // 2, **dd)

@@ -10,11 +10,13 @@ over a view of a parameter.
 from __future__ import annotations
 
 from math import isqrt, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import Mlp, resize_rel_pos_bias_table, trunc_normal_
+from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
+
+from .resize_table import resize_table
 
 Window = tuple[int, int]
 
@@ -22,24 +24,6 @@ Window = tuple[int, int]
 def offsets(window: Window) -> tuple[int, int]:
     """Rows and columns of a table for windows `(P, Q)`: `2P - 1` and `2Q - 1`."""
     return 2 * window[0] - 1, 2 * window[1] - 1
-
-
-def resize_table(table: Tensor, window: Window) -> Tensor:
-    """Interpolate a table for windows of another size, on the geometric grid of BEiT, as timm does.
-
-    Args:
-        table: `(heads, 2P - 1, 2Q - 1)`.
-        window: The new window.
-
-    Returns:
-        The table for `window`, the same one if it fits.
-    """
-    size = offsets(window)
-    if tuple(table.shape[1:]) == size:
-        return table
-    if table.is_meta:
-        return table.new_empty(table.shape[0], *size)
-    return resize_rel_pos_bias_table(table, window, (table.shape[0], *size))
 
 
 def resize_flat_table(table: Tensor, source: Window, window: Window) -> Tensor:
@@ -55,7 +39,7 @@ def resize_flat_table(table: Tensor, source: Window, window: Window) -> Tensor:
     """
     if source == window:
         return table
-    resized = resize_table(table.unflatten(0, offsets(source)).permute(2, 0, 1), window)
+    resized = resize_table(table.unflatten(0, offsets(source)).permute(2, 0, 1), *offsets(window))
     return resized.permute(1, 2, 0).flatten(0, 1).contiguous()
 
 
@@ -136,7 +120,7 @@ class RelativePositionBiasTf(nn.Module):
 
     def fit(self, table: Tensor) -> Tensor:
         """Resize the table of a checkpoint."""
-        return resize_table(table, self.window_size)
+        return resize_table(table, *offsets(self.window_size))
 
     @torch.no_grad()
     def set_window_size(self, window_size: Window) -> None:
@@ -144,7 +128,7 @@ class RelativePositionBiasTf(nn.Module):
         old = self.relative_position_bias_table
         self.window_size = window_size
         self.relative_position_bias_table = nn.Parameter(
-            resize_table(old, window_size), old.requires_grad
+            resize_table(old, *offsets(window_size)), old.requires_grad
         )
 
     @torch.no_grad()
@@ -166,6 +150,10 @@ class RelativePositionMlp(nn.Module):
         device: Where parameters are made.
         dtype: Their type.
     """
+
+    # torch.jit.script stumbles over annotations of a module class
+    if TYPE_CHECKING:
+        log_offsets: Tensor
 
     def __init__(
         self,
@@ -215,6 +203,9 @@ class RelativePositionTable(nn.Module):
         table: `(heads, 2P - 1, 2Q - 1)`.
         window_size: Rows and columns of a window.
     """
+
+    if TYPE_CHECKING:
+        table: Tensor
 
     def __init__(self, table: Tensor, window_size: Window) -> None:
         super().__init__()

@@ -23,10 +23,14 @@ def _same_eager(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> 
     return x[:, :, 1 - odd_h :, 1 - odd_w :]
 
 
+def _is_odd(size: int, device: torch.device) -> Tensor:
+    """Whether `size` is odd, as a tensor `(1,)`: an answer in Python would hold for this graph."""
+    return torch.arange(size, size + 1, device=device) % 2 == 1
+
+
 def _same_traced(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     # both ways to pad, of one size, and a choice by value, which the compiler fuses with them
-    zero = torch.arange(1, device=x.device)
-    odd_h, odd_w = zero < x.shape[2] % 2, zero < x.shape[3] % 2
+    odd_h, odd_w = _is_odd(x.shape[2], x.device), _is_odd(x.shape[3], x.device)
     x = torch.where(odd_h, F.pad(x, (0, 0, 1, 1)), F.pad(x, (0, 0, 0, 2)))
     x = torch.where(odd_w, F.pad(x, (1, 1)), F.pad(x, (0, 2)))
     return F.conv2d(x, weight, bias, 2, 0, 1, groups)
@@ -86,9 +90,11 @@ class StridedConv2d(nn.Conv2d):
 
 
 def _pool_traced(x: Tensor) -> Tensor:
-    # the compiler would fix whether a size is even to learn what the last window holds
+    # PyTorch's pooling asks whether sizes are even; the compiler fuses this sum as well
     height, width = x.shape[2], x.shape[3]
-    x = F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2)
+    x = F.pad(x, (0, 1, 0, 1))
+    x = x[:, :, :-1:2] + x[:, :, 1::2]
+    x = (x[..., :-1:2] + x[..., 1::2]) / 4
     rows = torch.arange(x.shape[2], device=x.device)[:, None]
     cols = torch.arange(x.shape[3], device=x.device)
     shares = (1 + (2 * rows + 1 >= height).to(x.dtype)) * (1 + (2 * cols + 1 >= width).to(x.dtype))

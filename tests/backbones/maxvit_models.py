@@ -23,9 +23,9 @@ KINDS = {
 
 
 def ours(kind: str, depths=DEPTHS, **kwargs) -> nn.Module:
-    """Our narrow model of a kind."""
+    """Our narrow model of a kind, with as many stages as depths."""
     args = {"img_size": 64, "num_classes": 10, **KINDS[kind][1], **kwargs}
-    return backbones.MaxViT(WIDTHS, depths, STEM, **args)
+    return backbones.MaxViT(WIDTHS[: len(depths)], depths, STEM, **args)
 
 
 def timms(kind: str, depths=DEPTHS, **kwargs) -> nn.Module:
@@ -33,7 +33,7 @@ def timms(kind: str, depths=DEPTHS, **kwargs) -> nn.Module:
     name, args = KINDS[kind]
     cfg = replace(
         theirs.model_cfgs[name],
-        embed_dim=WIDTHS,
+        embed_dim=WIDTHS[: len(depths)],
         depths=depths,
         stem_width=STEM,
         head_hidden_size=args.get("head_hidden_size"),

@@ -1,13 +1,16 @@
 """Layers that need no model: strided convolution and pooling, folding, position tables."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import AvgPool2dSame, Conv2dSame
+from timm.layers import AvgPool2dSame, Conv2dSame, resize_rel_pos_bias_table
 from torch import nn
 
 from backbones.layers import RelativePositionBias, RelativePositionBiasTf, RelativePositionMlp
 from backbones.layers.fold import batch_norm_affine, fold_input, fold_layer_norm, fold_output
+from backbones.layers.resize_table import resize_table
 from backbones.layers.strided import AvgPool2dCeil, StridedConv2d, conv2d_same
 
 SIZES = [(8, 8), (7, 8), (8, 7), (7, 7), (1, 2), (2, 1), (1, 1), (12, 5)]
@@ -115,3 +118,31 @@ def test_tables_hold_the_bias_of_query_minus_key(window):
         finished.set_window_size(window)
         with pytest.raises(ValueError, match="comes too late"):
             finished.set_window_size((9, 9))
+
+
+@pytest.mark.skipif(
+    "old_window_size" not in inspect.signature(resize_rel_pos_bias_table).parameters,
+    reason="timm < 1.0.31 resizes these tables wrongly",
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("old", [(1, 1), (1, 5), (13, 13), (23, 15)])
+@pytest.mark.parametrize("new", [(1, 1), (3, 1), (13, 13), (7, 31), (31, 31), (49, 75)])
+def test_tables_are_resized_as_timm_does(old, new):
+    table = torch.randn(3, *old)
+    windows = ((new[0] + 1) // 2, (new[1] + 1) // 2)
+    assert torch.equal(
+        resize_table(table, *new), resize_rel_pos_bias_table(table, windows, (3, *new))
+    )
+
+
+def test_resizing_keeps_centre_symmetry_and_type():
+    table = torch.randn(2, 13, 13, dtype=torch.bfloat16)
+    table = table + table.flip(1, 2)
+    resized = resize_table(table, 23, 31)
+    assert (resized.dtype, resized.shape) == (torch.bfloat16, (2, 23, 31))
+    assert torch.equal(resized[:, 11, 15], table[:, 6, 6])
+    assert torch.equal(resized, resized.flip(1, 2))
+    assert resize_table(table, 13, 13) is table
+    assert resize_table(table.to("meta"), 5, 7).shape == (2, 5, 7)
+    constant = resize_table(torch.full((1, 5, 9), 3.0), 31, 31)
+    torch.testing.assert_close(constant, torch.full((1, 31, 31), 3.0))

@@ -73,17 +73,11 @@ def test_a_fused_model_keeps_its_windows(small):
         fused.set_input_size(96)
 
 
-def two_stages() -> nn.Module:
-    """What compilers see: every kind of layer of the TensorFlow models once or twice."""
-    model = backbones.MaxViT((32, 64), (1, 1), STEM, head_hidden_size=48, img_size=64)
-    return deterministic(model)
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_compiles_once_for_all_sizes(backend):
     torch._dynamo.reset()
-    model = two_stages()
+    model = deterministic(ours("tf", depths=(1, 1)))
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     counts = []
@@ -96,7 +90,7 @@ def test_compiles_once_for_all_sizes(backend):
 
 @torch.no_grad()
 def test_exports_with_free_batch_and_size():
-    model = two_stages()
+    model = deterministic(ours("tf", depths=(1, 1)))
     x = golden.image((2, 3, 96, 160))
     auto = torch.export.Dim.AUTO
     program = torch.export.export(model, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
@@ -112,15 +106,14 @@ def test_exports_with_free_batch_and_size():
 @pytest.mark.parametrize("kind", ["tf", "rmlp", "parallel"])
 @torch.no_grad()
 def test_traces_and_scripts(kind):
-    model = deterministic(ours(kind, depths=(1, 1, 1, 1)))
-    for size in [(64, 96), (65, 97)]:
-        x = golden.image((2, 3, *size))
-        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+    model = deterministic(ours(kind, depths=(1, 1)))
+    x = golden.image((2, 3, 65, 97))
+    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
     scripted = torch.jit.script(model)
     for size in [(64, 96), (65, 97)]:
         x = golden.image((2, 3, *size))
         assert torch.equal(scripted(x), model(x))
-    getter = FeatureGetterNet(model, out_indices=[0, 2, 4])
+    getter = FeatureGetterNet(model, out_indices=[0, 2])
     maps = torch.jit.script(getter)(x)
     assert all(torch.equal(a, b) for a, b in zip(maps, getter(x), strict=True))
 
