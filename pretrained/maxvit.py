@@ -6,8 +6,8 @@ https://github.com/google-research/maxvit. The weights are those that timm porte
 
 `to_ours` and `to_official` also know the names of the TensorFlow variables, for checkpoints that
 were read into a mapping from name to tensor. They follow from the official code; no official
-checkpoint was read here. TensorFlow resizes the position tables of its models for 384 and 512 while
-it builds them: their variables are of windows of 7, which no model of ours at that size takes.
+checkpoint was read here. TensorFlow's models for 384 and 512 keep position tables of windows of 7
+and resize them while they are built: ours resize such tables too, but as timm does.
 """
 
 from __future__ import annotations

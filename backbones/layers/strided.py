@@ -1,4 +1,4 @@
-"""Convolution and pooling of stride 2 that need no padded copy of their input.
+"""Convolution and pooling of stride 2 that need no padded copy of a wide map.
 
 Both return `ceil(n / 2)` rows and columns for `n`. Where they would have to ask whether a size is
 even, `torch.compile` and `torch.export` get a form that does not ask: one graph for all sizes.
