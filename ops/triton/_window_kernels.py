@@ -11,7 +11,8 @@ import triton.language as tl
 
 from ._window_tokens import LOG2E, load_bias, load_tokens, locate, store_tokens
 
-SIZES = ["H", "W", "rows", "cols", "windows"]
+# one compilation serves all of these
+SIZES = ["H", "W", "rows", "cols", "windows", "table_h", "table_y", "table_x"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -32,10 +33,10 @@ def window_fwd_kernel(
     cols,
     windows,
     scale,
-    C: tl.constexpr,
+    C,
+    part,
+    step,
     D: tl.constexpr,
-    PART: tl.constexpr,
-    HEAD: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
@@ -46,7 +47,7 @@ def window_fwd_kernel(
 ):
     head = tl.program_id(0)
     n = tl.arange(0, BLOCK_N)
-    start = head * HEAD
+    start = head * step
     if table is not None:
         table += head * table_h
     bias = load_bias(table, table_y, table_x, n, n, P, Q, BLOCK_N, BLOCK_N)
@@ -57,8 +58,8 @@ def window_fwd_kernel(
             window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
         )
         q = load_tokens(qkv, pad, start, tokens, inside, D, BLOCK_D)
-        k = load_tokens(qkv, pad, start + PART, tokens, inside, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, tokens, inside, D, BLOCK_D)
+        k = load_tokens(qkv, pad, start + part, tokens, inside, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * part, tokens, inside, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
         if RAGGED and pad is None:
             scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -89,10 +90,10 @@ def window_bwd_kernel(
     cols,
     windows,
     scale,
-    C: tl.constexpr,
+    C,
+    part,
+    step,
     D: tl.constexpr,
-    PART: tl.constexpr,
-    HEAD: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
@@ -105,7 +106,7 @@ def window_bwd_kernel(
     program = tl.program_id(1)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    start = head * HEAD
+    start = head * step
     if table is not None:
         table += head * table_h
     bias = load_bias(table, table_y, table_x, n, n, P, Q, BLOCK_N, BLOCK_N)
@@ -119,8 +120,8 @@ def window_bwd_kernel(
             window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
         )
         q = load_tokens(qkv, pad, start, tokens, inside, D, BLOCK_D)
-        k = load_tokens(qkv, pad, start + PART, tokens, inside, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, tokens, inside, D, BLOCK_D)
+        k = load_tokens(qkv, pad, start + part, tokens, inside, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * part, tokens, inside, D, BLOCK_D)
         # zero in the rows of tokens that are no queries, which makes their part of ds, dk, dv zero
         g = load_tokens(grad, None, head * D, pixels * C, inside, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
@@ -129,7 +130,7 @@ def window_bwd_kernel(
         weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
         weights = weights / tl.sum(weights, 1)[:, None]
         dv = tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
-        store_tokens(grad_qkv, start + 2 * PART, pixels * 3 * C, inside, dv, D, BLOCK_D)
+        store_tokens(grad_qkv, start + 2 * part, pixels * 3 * C, inside, dv, D, BLOCK_D)
         da = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         ds = weights * (da - tl.sum(weights * da, 1)[:, None])
         sum_ds += ds
@@ -137,7 +138,7 @@ def window_bwd_kernel(
         dq = tl.dot(ds, k, input_precision=PRECISION) * scale
         store_tokens(grad_qkv, start, pixels * 3 * C, inside, dq, D, BLOCK_D)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
-        store_tokens(grad_qkv, start + PART, pixels * 3 * C, inside, dk, D, BLOCK_D)
+        store_tokens(grad_qkv, start + part, pixels * 3 * C, inside, dk, D, BLOCK_D)
         if grad_pad is not None:
             outside = (~inside & (n < P * Q))[:, None]
             pad_dk += tl.sum(tl.where(outside, dk, 0.0), 0)
@@ -148,8 +149,8 @@ def window_bwd_kernel(
     if grad_pad is not None:
         row = grad_pad + program * 3 * C + start + d
         tl.store(row, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
-        tl.store(row + PART, pad_dk, mask=d < D)
-        tl.store(row + 2 * PART, pad_dv, mask=d < D)
+        tl.store(row + part, pad_dk, mask=d < D)
+        tl.store(row + 2 * part, pad_dv, mask=d < D)
 
 
 @triton.jit

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from ._window_tokens import LN2, LOG2E, hide, load_bias, load_tokens, locate, store_tokens
 
-SIZES = ["H", "W", "rows", "cols", "windows"]
+# one compilation serves all of these
+SIZES = ["H", "W", "rows", "cols", "windows", "table_h", "table_y", "table_x"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -32,10 +33,10 @@ def window_tiled_fwd_kernel(
     rows,
     cols,
     scale,
-    C: tl.constexpr,
+    C,
+    part,
+    step,
     D: tl.constexpr,
-    PART: tl.constexpr,
-    HEAD: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
@@ -45,12 +46,12 @@ def window_tiled_fwd_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks: tl.constexpr = tl.cdiv(P * Q, BLOCK_M)
-    heads: tl.constexpr = C // D
+    blocks: tl.constexpr = (P * Q + BLOCK_M - 1) // BLOCK_M
+    heads = C // D
     m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(0) // blocks % heads
     window = tl.program_id(0) // (blocks * heads)
-    start = head * HEAD
+    start = head * step
     if table is not None:
         table += head * table_h
 
@@ -66,8 +67,8 @@ def window_tiled_fwd_kernel(
         keys, _, is_key = locate(
             window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
         )
-        k = load_tokens(qkv, pad, start + PART, keys, is_key, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, keys, is_key, D, BLOCK_D)
+        k = load_tokens(qkv, pad, start + part, keys, is_key, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * part, keys, is_key, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         scores += load_bias(table, table_y, table_x, m, n, P, Q, BLOCK_M, BLOCK_N)
         scores = hide(scores, float("-inf"), n, is_key, pad, P * Q, BLOCK_N, RAGGED)
@@ -117,10 +118,10 @@ def window_tiled_queries_kernel(
     rows,
     cols,
     scale,
-    C: tl.constexpr,
+    C,
+    part,
+    step,
     D: tl.constexpr,
-    PART: tl.constexpr,
-    HEAD: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
@@ -130,12 +131,12 @@ def window_tiled_queries_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks: tl.constexpr = tl.cdiv(P * Q, BLOCK_M)
-    heads: tl.constexpr = C // D
+    blocks: tl.constexpr = (P * Q + BLOCK_M - 1) // BLOCK_M
+    heads = C // D
     m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(0) // blocks % heads
     window = tl.program_id(0) // (blocks * heads)
-    start = head * HEAD
+    start = head * step
     if table is not None:
         table += head * table_h
 
@@ -154,8 +155,8 @@ def window_tiled_queries_kernel(
         keys, _, is_key = locate(
             window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
         )
-        k = load_tokens(qkv, pad, start + PART, keys, is_key, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, keys, is_key, D, BLOCK_D)
+        k = load_tokens(qkv, pad, start + part, keys, is_key, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * part, keys, is_key, D, BLOCK_D)
         bias = load_bias(table, table_y, table_x, m, n, P, Q, BLOCK_M, BLOCK_N)
         _, ds = weights_and_ds(
             q, k, v, g, bias, row_lse, row_delta, n, is_key, pad, scale,
@@ -188,10 +189,10 @@ def window_tiled_keys_kernel(
     cols,
     windows,
     scale,
-    C: tl.constexpr,
+    C,
+    part,
+    step,
     D: tl.constexpr,
-    PART: tl.constexpr,
-    HEAD: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
@@ -202,11 +203,11 @@ def window_tiled_keys_kernel(
     PRECISION: tl.constexpr,
 ):
     N: tl.constexpr = P * Q
-    heads: tl.constexpr = C // D
+    heads = C // D
     block, head, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    start = head * HEAD
+    start = head * step
     if table is not None:
         table += head * table_h
     if BLOCK_M >= N:
@@ -218,8 +219,8 @@ def window_tiled_keys_kernel(
         keys, key_pixels, inside = locate(
             window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
         )
-        k = load_tokens(qkv, pad, start + PART, keys, inside, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, keys, inside, D, BLOCK_D)
+        k = load_tokens(qkv, pad, start + part, keys, inside, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * part, keys, inside, D, BLOCK_D)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for first in range(0, N, BLOCK_M):
@@ -243,8 +244,8 @@ def window_tiled_keys_kernel(
             if grad_bias is not None:
                 sum_ds += ds
         dk *= scale
-        store_tokens(grad_qkv, start + PART, key_pixels * 3 * C, inside, dk, D, BLOCK_D)
-        store_tokens(grad_qkv, start + 2 * PART, key_pixels * 3 * C, inside, dv, D, BLOCK_D)
+        store_tokens(grad_qkv, start + part, key_pixels * 3 * C, inside, dk, D, BLOCK_D)
+        store_tokens(grad_qkv, start + 2 * part, key_pixels * 3 * C, inside, dv, D, BLOCK_D)
         if grad_pad is not None:
             outside = (~inside & (n < N))[:, None]
             pad_dk += tl.sum(tl.where(outside, dk, 0.0), 0)
@@ -256,8 +257,8 @@ def window_tiled_keys_kernel(
     if grad_pad is not None:
         row = grad_pad + (group * tl.num_programs(0) + block) * 3 * C + start + d
         tl.store(row, tl.zeros((BLOCK_D,), tl.float32), mask=d < D)
-        tl.store(row + PART, pad_dk, mask=d < D)
-        tl.store(row + 2 * PART, pad_dv, mask=d < D)
+        tl.store(row + part, pad_dk, mask=d < D)
+        tl.store(row + 2 * part, pad_dv, mask=d < D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -281,10 +282,10 @@ def window_tiled_bias_kernel(
     cols,
     windows,
     scale,
-    C: tl.constexpr,
+    C,
+    part,
+    step,
     D: tl.constexpr,
-    PART: tl.constexpr,
-    HEAD: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     GRID: tl.constexpr,
@@ -295,12 +296,12 @@ def window_tiled_bias_kernel(
     PRECISION: tl.constexpr,
 ):
     N: tl.constexpr = P * Q
-    heads: tl.constexpr = C // D
-    blocks: tl.constexpr = tl.cdiv(N, BLOCK_N)
+    heads = C // D
+    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     head, group = tl.program_id(1), tl.program_id(2)
     m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = head * HEAD
+    start = head * step
     table += head * table_h
     bias = load_bias(table, table_y, table_x, m, n, P, Q, BLOCK_M, BLOCK_N)
     sum_ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -308,8 +309,8 @@ def window_tiled_bias_kernel(
         keys, _, is_key = locate(
             window, n, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
         )
-        k = load_tokens(qkv, pad, start + PART, keys, is_key, D, BLOCK_D)
-        v = load_tokens(qkv, pad, start + 2 * PART, keys, is_key, D, BLOCK_D)
+        k = load_tokens(qkv, pad, start + part, keys, is_key, D, BLOCK_D)
+        v = load_tokens(qkv, pad, start + 2 * part, keys, is_key, D, BLOCK_D)
         tokens, pixels, is_query = locate(
             window, m, H, W, rows, cols, stride_b, stride_y, stride_x, P, Q, GRID
         )

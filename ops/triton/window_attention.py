@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._windows import Windows, cells
-from . import _window_kernels as one_tile
+from . import _window_kernels as whole
 from . import _window_tiled_kernels as tiled
 from ._launch import cdiv, input_precision, multiprocessors, next_power_of_2, rows_contiguous
 
@@ -43,23 +43,19 @@ class Tile:
         return replace(self, num_warps=2 * self.num_warps, num_stages=1)
 
 
-def one_tile_of(keys: int) -> Tile:
-    """The tile that holds a window of at most 64 keys."""
+def one_tile(keys: int, crowded: bool) -> Tile:
+    """The tile that holds a window of at most 64 keys; `crowded` if it needs many registers."""
     block = max(16, next_power_of_2(keys))
-    return Tile(block, block, num_warps=max(1, block // 16))
-
-
-def one_tile_backward(keys: int, crowded: bool) -> Tile:
-    """The same for the backward pass; `crowded` where it needs more registers than usual."""
-    tile = replace(one_tile_of(keys), num_stages=1)
+    tile = Tile(block, block, num_warps=max(1, block // 16))
     return tile.doubled() if crowded else tile
 
 
-def forward_tile(keys: int, wide: bool) -> Tile:
+def queries_tile(keys: int, wide: bool) -> Tile:
     """Tiles of the forward pass and of the gradient of the queries; `wide` for float32."""
     if wide:
         return Tile(64, 32, num_warps=8, num_stages=1)
-    return Tile(64, 32 if keys <= 192 else 64, num_warps=4)
+    # masks take the registers of the larger tile
+    return Tile(64, 32 if keys % 64 else 64, num_warps=4)
 
 
 def keys_tile(keys: int, wide: bool) -> Tile:
@@ -84,35 +80,40 @@ class _Call:
         self, qkv: Tensor, table: Tensor | None, pad: Tensor | None, windows: Windows
     ) -> None:
         self.qkv, self.table, self.pad, self.windows = rows_contiguous(qkv), table, pad, windows
-        self.batch, self.height, self.width, channels = qkv.shape
+        self.batch, self.height, self.width, packed = qkv.shape
         self.rows, self.cols = cells(self.height, self.width, windows.size)
         self.count = self.batch * self.rows * self.cols
-        whole = (self.rows * windows.height, self.cols * windows.width)
-        self.ragged = whole != (self.height, self.width)
+        filled = (self.rows * windows.height, self.cols * windows.width)
+        self.ragged = filled != (self.height, self.width)
         if not self.ragged:
             self.pad = None
-        self.channels, self.heads = channels // 3, windows.num_heads
-        self.dim = self.channels // self.heads
+        self.heads = windows.num_heads
+        self.dim = packed // (3 * self.heads)
         self.wide = qkv.dtype == torch.float32
 
     @property
     def strides(self) -> tuple[int, ...]:
+        """Of batch, rows and columns of the map, and of the table."""
         table = (0, 0, 0) if self.table is None else self.table.stride()
         return *self.qkv.stride()[:3], *table
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """Of the map, and of the map of windows."""
         return self.height, self.width, self.rows, self.cols
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Channels of the output; from q to k to v; from one head to the next."""
+        if self.windows.head_first:
+            return self.heads * self.dim, self.dim, 3 * self.dim
+        return self.heads * self.dim, self.heads * self.dim, self.dim
 
     @property
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments."""
-        first = self.windows.head_first
         return {
-            "C": self.channels,
             "D": self.dim,
-            "PART": self.dim if first else self.channels,
-            "HEAD": 3 * self.dim if first else self.dim,
             "P": self.windows.height,
             "Q": self.windows.width,
             "GRID": self.windows.grid,
@@ -142,7 +143,7 @@ class _Call:
         """Room for parts of the gradient of `pad`; None if no token reads it."""
         if self.pad is None:
             return None
-        return self.qkv.new_empty((parts, 3 * self.channels), dtype=torch.float32)
+        return self.qkv.new_empty((parts, 3 * self.heads * self.dim), dtype=torch.float32)
 
 
 def forward(
@@ -155,22 +156,22 @@ def forward(
         empty for windows of one tile.
     """
     call = _Call(qkv, table, pad, windows)
-    out = qkv.new_empty((*qkv.shape[:3], call.channels))
+    out = qkv.new_empty((*qkv.shape[:3], call.heads * call.dim))
     with torch.cuda.device_of(qkv):
         if windows.keys <= ONE_TILE:
-            tile = one_tile_of(windows.keys)
-            one_tile.window_fwd_kernel[(call.heads, call.programs(8, call.heads))](
+            tile = one_tile(windows.keys, call.wide)
+            whole.window_fwd_kernel[(call.heads, call.programs(8, call.heads))](
                 call.qkv, call.table, call.pad, out,
-                *call.strides, *call.sizes, call.count, windows.scale,
+                *call.strides, *call.sizes, call.count, windows.scale, *call.channels,
                 **call.constants, BLOCK_N=tile.block_n, **tile.options,
             )  # fmt: skip
             return out, qkv.new_empty(0, dtype=torch.float32)
-        tile = forward_tile(windows.keys, call.wide)
+        tile = queries_tile(windows.keys, call.wide)
         lse = qkv.new_empty((*qkv.shape[:3], call.heads), dtype=torch.float32)
         blocks = cdiv(windows.keys, tile.block_m)
         tiled.window_tiled_fwd_kernel[(call.count * call.heads * blocks,)](
             call.qkv, call.table, call.pad, out, lse,
-            *call.strides, *call.sizes, windows.scale,
+            *call.strides, *call.sizes, windows.scale, *call.channels,
             **call.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
         )  # fmt: skip
         return out, lse
@@ -210,14 +211,13 @@ def backward(
 def _backward_one_tile(
     call: _Call, grad: Tensor, grad_qkv: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    tile = one_tile_backward(
-        call.windows.keys, call.wide or (call.ragged and call.table is not None)
-    )
+    tile = one_tile(call.windows.keys, call.wide or (call.ragged and call.table is not None))
+    tile = replace(tile, num_stages=1)
     programs = call.programs(4, call.heads)
     pairs, vectors = call.new_pairs(programs, tile.block_n), call.new_vectors(programs)
-    one_tile.window_bwd_kernel[(call.heads, programs)](
+    whole.window_bwd_kernel[(call.heads, programs)](
         grad, call.qkv, call.table, call.pad, grad_qkv, pairs, vectors,
-        *call.strides, *call.sizes, call.count, call.windows.scale,
+        *call.strides, *call.sizes, call.count, call.windows.scale, *call.channels,
         **call.constants, BLOCK_N=tile.block_n, **tile.options,
     )  # fmt: skip
     return pairs, vectors
@@ -228,10 +228,10 @@ def _backward_tiled(
 ) -> tuple[Tensor | None, Tensor | None]:
     keys, scale = call.windows.keys, call.windows.scale
     delta = torch.empty_like(lse)
-    tile = forward_tile(keys, call.wide)
+    tile = queries_tile(keys, call.wide)
     tiled.window_tiled_queries_kernel[(call.count * call.heads * cdiv(keys, tile.block_m),)](
         grad, call.qkv, call.table, call.pad, out, lse, delta, grad_qkv,
-        *call.strides, *call.sizes, scale,
+        *call.strides, *call.sizes, scale, *call.channels,
         **call.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
     )  # fmt: skip
 
@@ -242,7 +242,7 @@ def _backward_tiled(
     vectors = call.new_vectors(groups * blocks)
     tiled.window_tiled_keys_kernel[(blocks, call.heads, groups)](
         grad, call.qkv, call.table, call.pad, lse, delta, grad_qkv, pairs, vectors,
-        *call.strides, *call.sizes, call.count, scale,
+        *call.strides, *call.sizes, call.count, scale, *call.channels,
         **call.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
     )  # fmt: skip
     if call.table is None or all_queries:
@@ -254,7 +254,7 @@ def _backward_tiled(
     pairs = call.new_pairs(groups, keys)
     tiled.window_tiled_bias_kernel[(blocks, call.heads, groups)](
         grad, call.qkv, call.table, call.pad, lse, delta, pairs,
-        *call.strides, *call.sizes, call.count, scale,
+        *call.strides, *call.sizes, call.count, scale, *call.channels,
         **call.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **tile.options,
     )  # fmt: skip
     return pairs, vectors
@@ -265,7 +265,7 @@ def _sum_offsets(pairs: Tensor | None, windows: Windows) -> Tensor:
     assert pairs is not None
     p, q = windows.size
     out = pairs.new_empty((windows.num_heads, 2 * p - 1, 2 * q - 1))
-    one_tile.offset_sum_kernel[((2 * p - 1) * (2 * q - 1), windows.num_heads)](
+    whole.offset_sum_kernel[((2 * p - 1) * (2 * q - 1), windows.num_heads)](
         pairs.sum(0),
         out,
         ROW=pairs.shape[-1],
