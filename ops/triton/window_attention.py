@@ -50,12 +50,17 @@ def one_tile(keys: int, crowded: bool) -> Tile:
     return tile.doubled() if crowded else tile
 
 
-def queries_tile(keys: int, wide: bool) -> Tile:
-    """Tiles of the forward pass and of the gradient of the queries; `wide` for float32."""
+def forward_tile(keys: int, wide: bool) -> Tile:
+    """Tiles of the forward pass; `wide` for float32."""
     if wide:
-        return Tile(64, 32, num_warps=8, num_stages=1)
+        return Tile(64, 64, num_warps=8)
     # masks take the registers of the larger tile
     return Tile(64, 32 if keys % 64 else 64, num_warps=4)
+
+
+def queries_tile(keys: int, wide: bool) -> Tile:
+    """Tiles of the gradient of the queries."""
+    return Tile(64, 32, num_warps=8, num_stages=1) if wide else forward_tile(keys, wide)
 
 
 def keys_tile(keys: int, wide: bool) -> Tile:
@@ -166,7 +171,7 @@ def forward(
                 **call.constants, BLOCK_N=tile.block_n, **tile.options,
             )  # fmt: skip
             return out, qkv.new_empty(0, dtype=torch.float32)
-        tile = queries_tile(windows.keys, call.wide)
+        tile = forward_tile(windows.keys, call.wide)
         lse = qkv.new_empty((*qkv.shape[:3], call.heads), dtype=torch.float32)
         blocks = cdiv(windows.keys, tile.block_m)
         tiled.window_tiled_fwd_kernel[(call.count * call.heads * blocks,)](

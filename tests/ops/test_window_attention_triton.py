@@ -65,7 +65,8 @@ def test_interpreted(launcher, call, dtype):
 def test_windows_beyond_all_queries(launcher, monkeypatch, pad):
     """The path of windows of more than 256 tokens, on smaller ones."""
     monkeypatch.setattr(launcher, "_ALL_QUERIES", 64)
-    monkeypatch.setattr(launcher, "queries_tile", lambda *_: launcher.Tile(32, 16, 4))
+    for tile in ("forward_tile", "queries_tile"):
+        monkeypatch.setattr(launcher, tile, lambda *_: launcher.Tile(32, 16, 4))
     monkeypatch.setattr(launcher, "bias_tile", lambda: launcher.Tile(32, 64, 4))
     check(Call("", (1, 9, 9), (8, 9), heads=1, grid=not pad, pad=pad), torch.float32)
 
