@@ -6,6 +6,7 @@ The ahead-of-time report, the benchmarks and the tests on a GPU share this list.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ class Floor(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(ABC):
     """One call of an op on a map `(batch, height, width, channels)`.
 
     Attributes:
@@ -61,21 +62,21 @@ class Case:
         """Positions of the map, over the batch."""
         return self.batch * self.height * self.width
 
+    @abstractmethod
     def tensors(self, device: str, seed: int = 0) -> Tensors:
         """Make random inputs; small tables are the same for every seed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def function(self, reference: bool = False) -> Callable[..., Tensor]:
         """Return the public op, or its reference, bound to the options of this case."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def floor(self, training: bool) -> Floor:
+        """Count what a forward pass needs, or a forward and a backward pass."""
 
     def launch(self) -> None:
         """Call the launchers of the forward and the backward kernels with meta tensors."""
-        raise NotImplementedError
-
-    def floor(self, training: bool) -> Floor:
-        """Count what a forward pass needs, or a forward and a backward pass."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.op} has no kernels to launch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 Window = tuple[int, int]
 
+# with more keys the backward pass is given the output and the logsumexp of the rows
+ONE_TILE = 64
+
 
 class Windows(NamedTuple):
     """How a call divides its map and its channels, in the order of the registered op."""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ._common import accumulation_dtype, autocast, kernels, reference_in_use
 from ._windows import (
+    ONE_TILE,
     Windows,
     cells,
     inside,
@@ -38,8 +39,6 @@ from ._windows import (
     table_gradient,
 )
 
-# with more keys the backward pass is given the output and the logsumexp of the rows
-ONE_TILE = 64
 # scores held at once, per block of windows: 4 MB in float32, so that they stay in cache
 _BLOCK_SCORES = 1 << 20
 

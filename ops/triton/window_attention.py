@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._windows import Windows, cells
+from .._windows import ONE_TILE, Windows, cells
 from . import _window_kernels as whole
 from . import _window_tiled_kernels as tiled
 from ._launch import cdiv, input_precision, multiprocessors, next_power_of_2, rows_contiguous
 
-ONE_TILE = 64
 # one tile of the backward pass over keys holds the queries of windows up to this size
 _ALL_QUERIES = 256
 # float32 partial sums of the bias gradient
