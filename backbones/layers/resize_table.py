@@ -33,7 +33,7 @@ def resize_table(table: Tensor, rows: int, cols: int) -> Tensor:
     for y, weight_y in vertical:
         for x, weight_x in horizontal:
             resized += values[:, y][:, :, x] * (weight_y[:, None] * weight_x)
-    total_y, total_x = (sum(weight for _, weight in side) for side in (vertical, horizontal))
+    total_y, total_x = (below[1] + above[1] for below, above in (vertical, horizontal))
     return (resized / (total_y[:, None] * total_x)).to(table)
 
 
