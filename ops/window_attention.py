@@ -195,6 +195,7 @@ def _forward(
     return kernels("window_attention", qkv).forward(qkv, table, pad, Windows(*args))
 
 
+# one by one: of several devices at once PyTorch's set_kernel_enabled knows the last only
 _forward.register_kernel("cpu")(_forward_pytorch)
 _forward.register_kernel("mps")(_forward_pytorch)
 
