@@ -54,6 +54,16 @@ def check(call: Call, dtype: torch.dtype) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_the_kernels_are_what_runs(launcher, monkeypatch, name):
+    """Else the tests below would compare PyTorch with itself."""
+    monkeypatch.setattr(launcher, name, lambda *_: pytest.fail("launched"))
+    inputs = [x.detach().float().requires_grad_() for x in CALLS[5].inputs()]
+    with pytest.raises(pytest.fail.Exception, match="launched"):
+        run("window_attention", CALLS[5], inputs, CALLS[5].weight().float())
+
+
+@needs_interpreter
 @each_call
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_interpreted(launcher, call, dtype):
