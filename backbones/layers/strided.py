@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def _same_eager(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     odd_h, odd_w = x.shape[2] % 2, x.shape[3] % 2
     if groups == 1:
-        # images have few channels: copying them is cheaper than what follows
+        # images have few channels: their padded copy is small
         x = F.pad(x, (odd_w, 1, odd_h, 1))
         return F.conv2d(x, weight, bias, 2, 0, 1, groups)
     # padded by two, an even map gives one row and one column too many, the first
