@@ -9,7 +9,8 @@ of many windows, so that the bias is gathered from the table once.
 import triton
 import triton.language as tl
 
-from ._window_tokens import LOG2E, load_bias, load_tokens, locate, store_tokens
+from ._tokens import LOG2E, load_tokens, store_tokens
+from ._window_tokens import load_bias, locate
 
 # one compilation serves all of these
 SIZES = ["H", "W", "rows", "cols", "windows", "table_h", "table_y", "table_x"]

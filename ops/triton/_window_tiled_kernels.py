@@ -9,7 +9,8 @@ every row, of which all three backward kernels compute the weights again.
 import triton
 import triton.language as tl
 
-from ._window_tokens import LN2, LOG2E, hide, load_bias, load_tokens, locate, store_tokens
+from ._tokens import LN2, LOG2E, load_tokens, store_tokens
+from ._window_tokens import hide, load_bias, locate
 
 # one compilation serves all of these
 SIZES = ["H", "W", "rows", "cols", "windows", "table_h", "table_y", "table_x"]
