@@ -5,7 +5,7 @@
     python benchmarks/aot.py --check         compare with benchmarks/results/aot.json
     python benchmarks/aot.py --write         put the report of this version of Triton there
 
-The launchers run with meta tensors of the models' shapes (`cases.py`) in bfloat16; the first case
+The launchers run with meta tensors of the models' shapes (`cases/`) in bfloat16; the first case
 of each kernel also in float16 and float32. No GPU is needed. Exit code 1: a limit is broken, or
 `--check` found something worse.
 """

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import _harness, ops
-from benchmarks.cases import all_cases, tiny_cases, window_cases
+from benchmarks.cases import all_cases, tiny_cases, window_attention
 from benchmarks.peers import PEERS, Peer
 
 TINY = {case.name: case for case in tiny_cases()}
@@ -85,7 +85,7 @@ def test_floors_have_the_flops_of_the_op(case):
 
 
 def test_floors_have_the_bytes_of_all_maps_once():
-    case = window_cases()[0]
+    case = window_attention.cases()[0]
     size = 2 * 128 * 56 * 56 * 64
     assert case.floor(training=False).bytes == 4 * size
     assert case.floor(training=True).bytes == 11 * size

@@ -1,6 +1,6 @@
-"""What each op is compared with.
+"""What `window_attention` is compared with.
 
-The peers of `window_attention` start from q, k and v, as the op does. Two copies belong to timm's
+The peers start from q, k and v, as the op does. Two copies belong to timm's
 eager code all the same: it cuts the map of C channels into windows before its qkv projection and
 joins them again after attention. Under `torch.compile` the first one is part of the normalisation
 before it, so that peer is not charged for it. "core" is attention alone on q, k and v that already
@@ -11,60 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases import HEAD_DIM, Case, PartialCase, Tensors, WindowCase
+from benchmarks.cases import Tensors
+from benchmarks.cases.window_attention import HEAD_DIM, WindowCase
 
-Outputs = tuple[Tensor, ...]
-Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-class Peer:
-    """One way to compute a case: the op itself.
-
-    Args:
-        case: What to compute.
-        compile: `torch.compile`, with the settings of this run.
-    """
-
-    # whether PyTorch has its backward pass on a CPU
-    trains_on_cpu = True
-
-    def __init__(self, case: Case, compile: Compile) -> None:
-        self.function = case.function()
-        self.names = list(case.tensors("meta"))
-
-    def prepare(self, tensors: Tensors) -> tuple[Tensor, ...]:
-        """Make the differentiable arguments of `run`; not timed."""
-        return tuple(tensors.values())
-
-    def run(self, *arguments: Tensor) -> Outputs:
-        """Compute what is timed; the first output is the result."""
-        return (self.function(**dict(zip(self.names, arguments, strict=True))),)
-
-    def to_map(self, result: Tensor) -> Tensor:
-        """Bring the result to the op's form `(B, H, W, C)`, to compare it; not timed."""
-        return result
-
-
-class Reference(Peer):
-    """The op's plain PyTorch form."""
-
-    def __init__(self, case: Case, compile: Compile) -> None:
-        super().__init__(case, compile)
-        self.function = case.function(reference=True)
-
-
-class CompiledReference(Reference):
-    """The op's plain PyTorch form under `torch.compile`."""
-
-    def __init__(self, case: Case, compile: Compile) -> None:
-        super().__init__(case, compile)
-        self.function = compile(self.function)
+from ._peer import Compile, CompiledReference, Outputs, Peer, Peers
 
 
 class Windows:
@@ -251,34 +206,11 @@ class Flex(Sdpa):
         return (self.attention(q, k, v, score_mod=score),)
 
 
-class PartialSdpa(Reference):
-    """PyTorch's fused attention, then concatenation and ReLU."""
-
-    def __init__(self, case: PartialCase, compile: Compile) -> None:
-        super().__init__(case, compile)
-        self.function = partial(_partial_sdpa, qk_dim=case.qk_dim)
-
-
-def _partial_sdpa(qkv: Tensor, x: Tensor, qk_dim: int) -> Tensor:
-    values = qkv.shape[-1] - 2 * qk_dim
-    q, k, v = qkv.flatten(1, 2)[:, None].split([qk_dim, qk_dim, values], dim=-1)
-    attended = F.scaled_dot_product_attention(q, k, v)[:, 0].unflatten(1, x.shape[1:3])
-    return torch.cat([attended, x[..., values:]], dim=-1).relu()
-
-
-PEERS: dict[str, dict[str, Callable[[Any, Compile], Peer]]] = {
-    "window_attention": {
-        "backbones": Peer,
-        "timm": Timm,
-        "sdpa core": Sdpa,
-        "timm compiled": CompiledTimm,
-        "reference compiled": CompiledReference,
-        "flex core compiled": Flex,
-    },
-    "partial_attention": {
-        "backbones": Peer,
-        "reference": Reference,
-        "sdpa": PartialSdpa,
-        "reference compiled": CompiledReference,
-    },
+PEERS: Peers = {
+    "backbones": Peer,
+    "timm": Timm,
+    "sdpa core": Sdpa,
+    "timm compiled": CompiledTimm,
+    "reference compiled": CompiledReference,
+    "flex core compiled": Flex,
 }
