@@ -6,11 +6,14 @@ Every op is one function, registered with `torch.library`: it works in eager mod
 """
 
 from ._common import reference_in_use, use_reference
+from .channel_attention import channel_attention, channel_attention_reference
 from .flops import count_macs, fvcore_handles
 from .partial_attention import partial_attention, partial_attention_reference
 from .window_attention import window_attention, window_attention_reference
 
 __all__ = [
+    "channel_attention",
+    "channel_attention_reference",
     "count_macs",
     "fvcore_handles",
     "partial_attention",
