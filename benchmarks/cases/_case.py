@@ -10,7 +10,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-BATCHES = {(224, 224): 128, (256, 256): 96, (384, 384): 40, (512, 512): 24, (800, 1216): 2}
+BATCHES = {
+    (224, 224): 128,
+    (256, 256): 96,
+    (384, 384): 40,
+    (512, 512): 24,
+    (768, 768): 10,
+    (800, 1216): 2,
+}
 DETECTION = (800, 1216)
 
 Tensors = dict[str, Tensor]

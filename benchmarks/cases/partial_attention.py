@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ._case import BATCHES, DETECTION, Case, Floor, Tensors, normal, tiny
@@ -20,6 +21,7 @@ class PartialCase(Case):
     """
 
     op: ClassVar[str] = "partial_attention"
+    has_kernels: ClassVar[bool] = True
     qk_dim: ClassVar[int] = 16
 
     values: int
@@ -36,6 +38,15 @@ class PartialCase(Case):
         from backbones import ops
 
         return ops.partial_attention_reference if reference else ops.partial_attention
+
+    def launch(self) -> None:
+        """Call the launchers of the forward and the backward kernels with meta tensors."""
+        from backbones.ops.triton import partial_attention as launchers
+
+        inputs, scale = self.tensors("meta"), self.qk_dim**-0.5
+        out, lse = launchers.forward(*inputs.values(), self.qk_dim, scale)
+        grad = torch.empty_like(out)
+        launchers.backward(grad, inputs["qkv"], out, lse, self.qk_dim, scale)
 
     def floor(self, training: bool) -> Floor:
         """Count reading qkv and the other channels of x and writing the output.
