@@ -35,7 +35,7 @@ def _partial_attention_flops(
 
 @register_flop_formula(torch.ops.backbones.partial_attention_backward)
 def _partial_attention_backward_flops(
-    grad: Shape, qkv: Shape, out: Shape, qk_dim: int, scale: float, *, out_shape: Any = None
+    grad: Shape, qkv: Shape, out: Any, lse: Any, qk_dim: int, *args: Any, out_shape: Any = None
 ) -> int:
     # scores again, then dv and dA over the values, dq and dk over the queries
     batch, tokens, value_dim = qkv[0], qkv[1] * qkv[2], qkv[3] - 2 * qk_dim

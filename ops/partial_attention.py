@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._common import accumulation_dtype, autocast, reference_in_use
+from ._common import accumulation_dtype, autocast, kernels, reference_in_use
 
 # scores held at once, per block of queries: 4 MB in float32, so that large maps stay in cache
 _BLOCK_SCORES = 1 << 20
@@ -51,37 +51,35 @@ def _query_blocks(q: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-@torch.library.custom_op("backbones::partial_attention", mutates_args=())
-def _forward(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> Tensor:
+def _forward_pytorch(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> tuple[Tensor, Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, v = _tokens(qkv, qk_dim)
-        out = x.new_empty(x.shape)
-        tokens = out.view(len(x), -1, x.shape[-1])
+        out, lse = x.new_empty(x.shape), q.new_empty(x.shape[:3])
+        tokens, rows_lse = out.view(len(x), -1, x.shape[-1]), lse.view(len(x), -1, 1)
         for rows in _query_blocks(q):
             scores = (q[:, rows] @ k.transpose(1, 2)).mul_(scale)
-            tokens[:, rows, : v.shape[-1]] = scores.softmax(dim=-1) @ v
+            top = scores.amax(dim=-1, keepdim=True)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(dim=-1, keepdim=True)
+            rows_lse[:, rows] = top + total.log()
+            tokens[:, rows, : v.shape[-1]] = (weights @ v).div_(total)
         out[..., v.shape[-1] :] = x[..., v.shape[-1] :]
-        return out.relu_()
+        return out.relu_(), lse
 
 
-@_forward.register_fake
-def _(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("backbones::partial_attention_backward", mutates_args=())
-def _backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, qk_dim: int, scale: float
+def _backward_pytorch(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, qk_dim: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, v = _tokens(qkv, qk_dim)
-        value_dim = v.shape[-1]
+        value_dim, rows_lse = v.shape[-1], lse.view(len(q), -1, 1)
         grad_x = torch.where(out > 0, grad, 0)
         grad_attended = grad_x[..., :value_dim].flatten(1, 2).to(q.dtype)
 
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows in _query_blocks(q):
-            attention = (q[:, rows] @ k.transpose(1, 2)).mul_(scale).softmax(dim=-1)
+            scores = (q[:, rows] @ k.transpose(1, 2)).mul_(scale)
+            attention = scores.sub_(rows_lse[:, rows]).exp_()
             dv += attention.transpose(1, 2) @ grad_attended[:, rows]
             da = grad_attended[:, rows] @ v.transpose(1, 2)
             ds = attention * (da - (attention * da).sum(dim=-1, keepdim=True)) * scale
@@ -93,19 +91,56 @@ def _backward(
         return grad_qkv, grad_x
 
 
+@torch.library.custom_op("backbones::partial_attention", mutates_args=())
+def _forward(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> tuple[Tensor, Tensor]:
+    # the matrix units that Triton reaches have no float64 on most devices
+    if qkv.dtype == torch.float64:
+        return _forward_pytorch(qkv, x, qk_dim, scale)
+    return kernels("partial_attention", qkv).forward(qkv, x, qk_dim, scale)
+
+
+# one by one: of several devices at once PyTorch's set_kernel_enabled knows the last only
+_forward.register_kernel("cpu")(_forward_pytorch)
+_forward.register_kernel("mps")(_forward_pytorch)
+
+
+@_forward.register_fake
+def _(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> tuple[Tensor, Tensor]:
+    # of all sizes, though small maps could do without: a branch on sizes would be one on graphs
+    lse = x.new_empty(x.shape[:3], dtype=accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape), lse
+
+
+@torch.library.custom_op("backbones::partial_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, qk_dim: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    if qkv.dtype == torch.float64:
+        return _backward_pytorch(grad, qkv, out, lse, qk_dim, scale)
+    launch = kernels("partial_attention", qkv)
+    return launch.backward(grad, qkv, out, lse, qk_dim, scale)
+
+
+_backward.register_kernel("cpu")(_backward_pytorch)
+_backward.register_kernel("mps")(_backward_pytorch)
+
+
 @_backward.register_fake
-def _(grad: Tensor, qkv: Tensor, out: Tensor, qk_dim: int, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, qk_dim: int, scale: float
+) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(qkv.shape), out.new_empty(out.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     qkv, _, ctx.qk_dim, ctx.scale = inputs
-    ctx.save_for_backward(qkv, output)
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
-    qkv, out = ctx.saved_tensors
-    return *_backward(grad.contiguous(), qkv, out, ctx.qk_dim, ctx.scale), None, None
+def _autograd(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    qkv, out, lse = ctx.saved_tensors
+    return *_backward(grad.contiguous(), qkv, out, lse, ctx.qk_dim, ctx.scale), None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -141,11 +176,14 @@ def partial_attention(
         `relu(concat(softmax(scale * q k^T) v, x[..., P:]))`, `(B, H, W, C)`, contiguous.
 
     Layout:
-        All strides are free; channels-last maps need no copy.
+        All strides are free; the kernels copy a map only if its stride of the channels is not one.
 
     Numerics:
-        float64, float32, bfloat16 or float16, the 16-bit types accumulated in float32. Under
-        autocast both maps are cast to its type first. Memory grows with `N = H * W`, not `N ** 2`.
+        float32, bfloat16 or float16, accumulated in float32, by Triton kernels on a GPU; float64,
+        and all types on a CPU, by PyTorch. Under autocast both maps are cast to its type first.
+        float32 products follow `torch.set_float32_matmul_precision`. `qkv`, the output and the
+        logsumexp of the scores are kept for the backward pass: memory grows with `N = H * W`, not
+        `N ** 2`. NaN passes through the ReLU.
 
     Gradients:
         For `qkv` and `x`, deterministic, once differentiable.
@@ -158,7 +196,7 @@ def partial_attention(
     """
     factor = qk_dim**-0.5 if scale is None else scale
     if torch.jit.is_scripting():
-        return torch.ops.backbones.partial_attention(qkv, x, qk_dim, factor)
+        return torch.ops.backbones.partial_attention(qkv, x, qk_dim, factor)[0]
     else:
         return _dispatch(qkv, x, qk_dim, factor)
 
@@ -172,4 +210,4 @@ def _dispatch(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> Tensor:
         if reference_in_use():
             return partial_attention_reference(qkv, x, qk_dim, scale)
     # through the packet, which torch.fx records; a call of the Python object it would not
-    return torch.ops.backbones.partial_attention(qkv, x, qk_dim, scale)
+    return torch.ops.backbones.partial_attention(qkv, x, qk_dim, scale)[0]

@@ -84,6 +84,9 @@ def cases() -> list[PartialCase]:
     small, large = ((224, 320), (48, 68)), ((336, 448), (72, 96))
     return [
         *_shvit("shvit_s1", (224, 224), *small),
+        # values of 66 and 75 channels, whose rows are not aligned
+        *_shvit("shvit_s2", (224, 224), (308, 448), (66, 96)),
+        *_shvit("shvit_s3", (224, 224), (352, 448), (75, 96)),
         *_shvit("shvit_s4", (256, 256), *large),
         *_shvit("shvit_s4", (512, 512), *large),
         *_shvit("shvit_s4", DETECTION, *large),
