@@ -28,7 +28,7 @@ def no_gpu(monkeypatch):
 @pytest.mark.parametrize("case, peer", PAIRS)
 def test_peers_agree_with_the_reference(case, peer):
     rows = _harness.measure(case, peer, "cpu")
-    if peer == "timm" and case.ragged and not case.pad:
+    if case.op == "window_attention" and peer == "timm" and case.ragged and not case.pad:
         assert "timm takes no map that its windows do not fill" in rows[0]["error"]
         return
     modes = ["forward"] if peer.startswith("flex") else ["forward", "training"]
