@@ -58,7 +58,7 @@ def _split(qkv: Tensor, num_heads: int, mix_values: bool) -> tuple[Tensor, Tenso
 def _pack(parts: list[Tensor], like: Tensor) -> Tensor:
     """The map `(B, H, W, C)` of the parts `(B, heads, N, D)`, one after the other."""
     packed = torch.stack(parts, dim=2).permute(0, 3, 2, 1, 4)
-    return packed.reshape(*like.shape[:3], -1).to(like.dtype)
+    return packed.flatten(2).unflatten(1, like.shape[1:3]).to(like.dtype)
 
 
 def channel_attention_reference(
@@ -236,14 +236,15 @@ def channel_attention(
 
 
 def _dispatch(qkv: Tensor, num_heads: int, mix_values: bool, scale: float | None) -> Tensor:
+    # a trace serves training and inference
     keep = True
     if not isinstance(qkv, torch.fx.Proxy):
-        # a trace sees sizes as tensors
+        (qkv,) = autocast(qkv)
+        # and sees sizes as tensors
         if not torch.jit.is_tracing():
             _validate(qkv, num_heads)
-        (qkv,) = autocast(qkv)
+            keep = torch.is_grad_enabled() and qkv.requires_grad
         if reference_in_use():
             return channel_attention_reference(qkv, num_heads, mix_values, scale)
-        keep = torch.is_grad_enabled() and qkv.requires_grad
     # through the packet, which torch.fx records; a call of the Python object it would not
     return torch.ops.backbones.channel_attention(qkv, num_heads, mix_values, scale, keep)[0]

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from . import partial_attention as _partial_attention  # noqa: F401  registers the op
+from . import channel_attention as _channel_attention  # noqa: F401  registers the op
+from . import partial_attention as _partial_attention  # noqa: F401
 from . import window_attention as _window_attention  # noqa: F401
 from ._windows import cells
 
@@ -71,6 +72,24 @@ def _window_attention_backward_flops(
     return 2 * 5 * _window_attention_product(qkv, args[:2])
 
 
+def _channel_attention_product(qkv: Shape, num_heads: int) -> int:
+    """Multiply-adds of one product over the tokens, that of the scores for one, over all heads."""
+    return prod(qkv) // 3 * (qkv[3] // (3 * num_heads))
+
+
+@register_flop_formula(torch.ops.backbones.channel_attention)
+def _channel_attention_flops(qkv: Shape, num_heads: int, *args: Any, out_shape: Any = None) -> int:
+    return 2 * 2 * _channel_attention_product(qkv, num_heads)
+
+
+@register_flop_formula(torch.ops.backbones.channel_attention_backward)
+def _channel_attention_backward_flops(
+    grad: Shape, qkv: Shape, weights: Any, num_heads: int, *args: Any, out_shape: Any = None
+) -> int:
+    # the gradient of the weights, then those of a, b and m
+    return 2 * 4 * _channel_attention_product(qkv, num_heads)
+
+
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Handles for `fvcore.nn.FlopCountAnalysis(model, x).set_op_handle(**handles)`, in MACs.
 
@@ -86,11 +105,15 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         window = (inputs[4].toIValue(), inputs[5].toIValue())
         return 2 * _window_attention_product(get_shape(inputs[0]), window)
 
+    def channel_attention(inputs: list[Any], outputs: list[Any]) -> int:
+        return 2 * _channel_attention_product(get_shape(inputs[0]), inputs[1].toIValue())
+
     def attention(inputs: list[Any], outputs: list[Any]) -> int:
         query, key, value = (get_shape(i) for i in inputs[:3])
         return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
     return {
+        "backbones::channel_attention": channel_attention,
         "backbones::partial_attention": partial_attention,
         "backbones::window_attention": window_attention,
         "aten::scaled_dot_product_attention": attention,

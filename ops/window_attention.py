@@ -370,7 +370,9 @@ def _dispatch(
                 qkv, table, num_heads, window_size, grid, head_first, pad, scale
             )
     if scale is None:
-        scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+        dim = qkv.shape[-1] // (3 * num_heads)
+        # a trace would take the power in float32
+        scale = (int(dim) if torch.jit.is_tracing() else dim) ** -0.5
     # through the packet, which torch.fx records; a call of the Python object it would not
     return torch.ops.backbones.window_attention(
         qkv, table, pad, num_heads, *window_size, grid, head_first, scale

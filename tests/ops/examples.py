@@ -1,0 +1,102 @@
+"""One small call of every kind of every op, for what holds for all ops alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones import ops
+from tests.support import golden
+
+Size = tuple[int, int, int]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of an op on a map `(batch, height, width)` of any size.
+
+    Attributes:
+        op: Name of the op, and of its module.
+        kind: What tells it from other examples of the op.
+        shapes: Shapes of the tensors by name, for a size of the map.
+        options: Arguments that are not tensors.
+    """
+
+    op: str
+    kind: str
+    shapes: Callable[[Size], dict[str, tuple[int, ...]]]
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.kind}".strip()
+
+    @property
+    def public(self) -> Callable[..., Tensor]:
+        """The op as users call it."""
+        return getattr(ops, self.op)
+
+    def tensors(self, size: Size, dtype: torch.dtype = torch.float64) -> Tensors:
+        """Make leaves."""
+        values = {name: golden.normal(name, shape) for name, shape in self.shapes(size).items()}
+        return {
+            name: torch.from_numpy(value).to(dtype).requires_grad_()
+            for name, value in values.items()
+        }
+
+    def __call__(self, tensors: Tensors) -> Tensor:
+        """Call the op."""
+        return self.public(**tensors, **self.options)
+
+    def reference(self, tensors: Tensors) -> Tensor:
+        """Call its reference."""
+        return getattr(ops, f"{self.op}_reference")(**tensors, **self.options)
+
+    def __hash__(self) -> int:
+        return hash((self.op, self.kind))
+
+
+def weight(out: Tensor) -> Tensor:
+    """What an output is multiplied by before it is summed, to take gradients."""
+    return torch.from_numpy(golden.normal("weight", tuple(out.shape))).to(out.dtype)
+
+
+def gradients(out: Tensor, tensors: Tensors) -> list[Tensor]:
+    """Gradients of all tensors."""
+    return list(torch.autograd.grad((out * weight(out)).sum(), list(tensors.values())))
+
+
+def _window(size: Size) -> dict[str, tuple[int, ...]]:
+    return {"qkv": (*size, 12), "table": (2, 3, 5), "pad": (12,)}
+
+
+def _large_window(size: Size) -> dict[str, tuple[int, ...]]:
+    return {"qkv": (*size, 6), "table": (1, 9, 25)}
+
+
+EXAMPLES = [
+    Example("window_attention", "", _window, {"num_heads": 2, "window_size": (2, 3)}),
+    Example(
+        "window_attention",
+        "of many keys",
+        _large_window,
+        {"num_heads": 1, "window_size": (5, 13), "grid": True},
+    ),
+    Example(
+        "partial_attention",
+        "",
+        lambda size: {"qkv": (*size, 2 * 4 + 5), "x": (*size, 7)},
+        {"qk_dim": 4},
+    ),
+    Example("channel_attention", "", lambda size: {"qkv": (*size, 18)}, {"num_heads": 2}),
+    Example(
+        "channel_attention",
+        "of values",
+        lambda size: {"qkv": (*size, 18)},
+        {"num_heads": 2, "mix_values": True},
+    ),
+]
