@@ -55,7 +55,7 @@ def _forward_pytorch(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> tuple
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, v = _tokens(qkv, qk_dim)
         out, lse = x.new_empty(x.shape), q.new_empty(x.shape[:3])
-        tokens, rows_lse = out.view(len(x), -1, x.shape[-1]), lse.view(len(x), -1, 1)
+        tokens, rows_lse = out.flatten(1, 2), lse.flatten(1, 2)[..., None]
         for rows in _query_blocks(q):
             scores = (q[:, rows] @ k.transpose(1, 2)).mul_(scale)
             top = scores.amax(dim=-1, keepdim=True)
@@ -72,7 +72,7 @@ def _backward_pytorch(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, v = _tokens(qkv, qk_dim)
-        value_dim, rows_lse = v.shape[-1], lse.view(len(q), -1, 1)
+        value_dim, rows_lse = v.shape[-1], lse.flatten(1, 2)[..., None]
         grad_x = torch.where(out > 0, grad, 0)
         grad_attended = grad_x[..., :value_dim].flatten(1, 2).to(q.dtype)
 
