@@ -18,12 +18,14 @@ from ._registry import (  # noqa: E402
     restore_timm_models,
 )
 from ._version import __version__  # noqa: E402
+from .davit import DaViT  # noqa: E402
 from .maxvit import MaxViT  # noqa: E402
 from .shvit import SHViT  # noqa: E402
 
 log_replaced()
 
 __all__ = [
+    "DaViT",
     "MaxViT",
     "SHViT",
     "__version__",

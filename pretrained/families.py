@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from . import maxvit, shvit
+from . import davit, maxvit, shvit
 from .errors import WeightsError
 from .table import Weights
 
@@ -27,7 +27,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {"maxvit": maxvit, "shvit": shvit}
+FAMILIES: dict[str, Family] = {"davit": davit, "maxvit": maxvit, "shvit": shvit}
 
 # modules of timm that are not named as the family
 _TIMM_MODULES = {"maxxvit": "maxvit"}

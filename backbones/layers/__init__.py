@@ -1,13 +1,19 @@
 """Small layers that the families share."""
 
 from .conv_norm import ConvNorm, NormLinear, Residual
+from .dual_attention import ChannelAttention, ConvAttentionBlock, WindowAttention
 from .mbconv import ConvStem, MBConv
 from .multi_axis import MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
 from .partition_attention import PartitionAttention, PartitionBlock
+from .position_conv import ConvPositionEncoding
 from .relative_position import RelativePositionBias, RelativePositionBiasTf, RelativePositionMlp
+from .strided import PatchConv2d
 
 __all__ = [
+    "ChannelAttention",
+    "ConvAttentionBlock",
     "ConvNorm",
+    "ConvPositionEncoding",
     "ConvStem",
     "MBConv",
     "MultiAxisBlock",
@@ -16,8 +22,10 @@ __all__ = [
     "ParallelMultiAxisBlock",
     "PartitionAttention",
     "PartitionBlock",
+    "PatchConv2d",
     "RelativePositionBias",
     "RelativePositionBiasTf",
     "RelativePositionMlp",
     "Residual",
+    "WindowAttention",
 ]

@@ -1,6 +1,6 @@
-"""Convolution and pooling of stride 2 that need no padded copy of a wide map.
+"""Convolutions and pooling of stride 2 that need no padded copy of a wide map.
 
-Both return `ceil(n / 2)` rows and columns for `n`. Where they would have to ask whether a size is
+All return `ceil(n / 2)` rows and columns for `n`. Where they would have to ask whether a size is
 even, `torch.compile` and `torch.export` get a form that does not ask: one graph for all sizes.
 """
 
@@ -87,6 +87,56 @@ class StridedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, C, H, W)`, return `(B, C_out, ceil(H / 2), ceil(W / 2))`."""
         return conv2d_same(x, self.weight, self.bias, self.groups)
+
+
+def _pad_odd(x: Tensor) -> Tensor:
+    odd_h, odd_w = x.shape[2] % 2, x.shape[3] % 2
+    return F.pad(x, (0, odd_w, 0, odd_h)) if odd_h + odd_w > 0 else x
+
+
+@torch.fx.wrap
+def conv2d_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve patches of 2x2 pixels, with a zero after the last row and column of odd sizes.
+
+    Args:
+        x: Map `(B, C, H, W)`.
+        weight: Kernels `(C_out, C, 2, 2)`.
+        bias: Vector `(C_out,)`, or None.
+
+    Returns:
+        A map `(B, C_out, ceil(H / 2), ceil(W / 2))`.
+    """
+    if torch.jit.is_scripting():
+        return F.conv2d(_pad_odd(x), weight, bias, 2)
+    else:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # the zero that an even size has too much is in no patch
+            return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, bias, 2)
+        return F.conv2d(_pad_odd(x), weight, bias, 2)
+
+
+class PatchConv2d(nn.Conv2d):
+    """A 2x2 convolution of stride 2 that completes odd sizes with zeros (see `conv2d_patches`).
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, 2, 2, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take a map `(B, C, H, W)`, return `(B, C_out, ceil(H / 2), ceil(W / 2))`."""
+        return conv2d_patches(x, self.weight, self.bias)
 
 
 def _pool_traced(x: Tensor) -> Tensor:

@@ -28,12 +28,13 @@ def test_import_replaces_quietly_and_can_be_undone():
     out = python("""
 import json, logging, timm, timm.models
 logging.basicConfig(level=logging.INFO, format="%(message)s")
+FAMILIES = ["davit*", "maxvit*", "shvit*"]
 def state():
-    names = timm.list_models(["shvit*", "maxvit*"], include_tags=True)
+    names = timm.list_models(FAMILIES, include_tags=True)
     cfgs = {n: timm.get_pretrained_cfg(n).to_dict() for n in names}
     # timm's module of MaxViT has another name
     modules = set(timm.list_modules()) - {"maxvit"}
-    return names, cfgs, timm.list_models(["shvit*", "maxvit*"], pretrained=True), modules
+    return names, cfgs, timm.list_models(FAMILIES, pretrained=True), modules
 before = state()
 import backbones
 assert state() == before

@@ -2,7 +2,15 @@ import pytest
 import timm
 from torch import nn
 
-from backbones.pretrained import FAMILIES, WeightsError, find_weights, maxvit, shvit, weights_tables
+from backbones.pretrained import (
+    FAMILIES,
+    WeightsError,
+    davit,
+    find_weights,
+    maxvit,
+    shvit,
+    weights_tables,
+)
 from backbones.pretrained.families import family_of
 
 
@@ -18,7 +26,7 @@ def test_find_weights(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("shvit_s9.in1k", "did you mean"), ("zzz", "known: maxvit, shvit")]
+    ("name", "hint"), [("shvit_s9.in1k", "did you mean"), ("zzz", "known: davit, maxvit, shvit")]
 )
 def test_unknown_weights(name, hint):
     with pytest.raises(WeightsError, match=f"'{name}'.*{hint}"):
@@ -30,6 +38,7 @@ def test_family_is_found_from_the_class():
     assert family_of(model) is shvit
     subclass = type("Mine", (type(model),), {"__module__": "elsewhere"})
     assert family_of(subclass.__new__(subclass)) is shvit
+    assert family_of(timm.create_model("davit_tiny", device="meta")) is davit
     # timm spells the module of its class otherwise
     for name in ("maxvit_pico_rw_256", "test_maxvit"):
         assert family_of(timm.create_model(name, device="meta")) is maxvit
