@@ -39,7 +39,7 @@ def queries_tile(wide: bool) -> Tile:
 
 def keys_tile(wide: bool) -> Tile:
     """Tiles of the gradient of keys and values."""
-    return Tile(32, 32, num_warps=8, num_stages=1) if wide else Tile(32, 64, num_warps=8)
+    return Tile(16, 32, num_warps=8, num_stages=1) if wide else Tile(32, 64, num_warps=8)
 
 
 def value_blocks(values: int) -> tuple[int, int]:

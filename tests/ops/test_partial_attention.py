@@ -125,6 +125,21 @@ def test_compiles_whole_with_gradients(dynamic):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_one_graph_serves_maps_of_one_tile_and_of_several():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(partial_attention, fullgraph=True, backend=backend, dynamic=True)
+    for size in [(2, 10, 14), (3, 5, 7), (1, 9, 8)]:
+        qkv, x = (t.requires_grad_() for t in maps(*size, 30, 19))
+        assert torch.equal(compiled(qkv, x), partial_attention(qkv, x))
+    assert len(graphs) == 1
+
+
 def test_export_keeps_one_node():
     class Module(torch.nn.Module):
         def forward(self, qkv: Tensor, x: Tensor) -> Tensor:
