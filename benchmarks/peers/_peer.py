@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.cases import Case, Tensors
 
@@ -56,3 +56,13 @@ class CompiledReference(Reference):
     def __init__(self, case: Case, compile: Compile) -> None:
         super().__init__(case, compile)
         self.function = compile(self.function)
+
+
+class Given(nn.Module):
+    """Stands in a layer for the projection that would compute `value`."""
+
+    value: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `value`."""
+        return self.value

@@ -1,71 +1,69 @@
 """What `channel_attention` is compared with.
 
-"bmm" are the batched products that timm's eager code makes of q, k and v, in their own type. "sdpa"
-is PyTorch's fused attention on transposed maps: channels as tokens, tokens as channels.
+All peers start from the packed queries, keys and values, as the op does: the projections before and
+after are left out.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.cases.channel_attention import ChannelCase
 
-from ._peer import Compile, CompiledReference, Peer, Peers, Reference
+from ._peer import Compile, CompiledReference, Given, Peer, Peers
 
 
-def _columns(qkv: Tensor, heads: int, mix_values: bool) -> tuple[tuple[Tensor, ...], float]:
-    """What makes rows and columns of the scores and what is mixed `(B, heads, D, N)`; the scale."""
-    tokens = qkv.flatten(1, 2).unflatten(-1, (3, heads, -1))
-    q, k, v = tokens.permute(2, 0, 3, 4, 1).unbind(0)
-    if mix_values:
-        return (q, k, v), q.shape[-1] ** -0.5
-    return (k, v, q), q.shape[-2] ** -0.5
+class Timm(Peer):
+    """timm's attention."""
+
+    def __init__(self, case: ChannelCase, compile: Compile) -> None:
+        from timm.models.davit import ChannelAttention, ChannelAttentionV2
+
+        super().__init__(case, compile)
+        layer = ChannelAttentionV2 if case.mix_values else ChannelAttention
+        self.attention = layer(case.channels, case.heads)
+        self.attention.qkv, self.attention.proj = Given(), nn.Identity()
+        self.channels = case.channels
+        self.function = self._function
+
+    def _function(self, qkv: Tensor) -> Tensor:
+        tokens = qkv.flatten(1, 2)
+        self.attention.qkv.value = tokens
+        # of what it would project it takes the shape only
+        return self.attention(tokens[..., : self.channels]).unflatten(1, qkv.shape[1:3])
 
 
-def _bmm(qkv: Tensor, heads: int, mix_values: bool) -> Tensor:
-    (a, b, m), scale = _columns(qkv, heads, mix_values)
-    weights = (a * scale @ b.transpose(-1, -2)).softmax(dim=-1)
-    return (weights @ m).flatten(1, 2).transpose(1, 2).reshape(*qkv.shape[:3], -1)
-
-
-def _sdpa(qkv: Tensor, heads: int, mix_values: bool) -> Tensor:
-    (a, b, m), scale = _columns(qkv, heads, mix_values)
-    out = F.scaled_dot_product_attention(a, b, m, scale=scale)
-    return out.flatten(1, 2).transpose(1, 2).reshape(*qkv.shape[:3], -1)
-
-
-class Bmm(Peer):
-    """Batched matrix products."""
+class CompiledTimm(Timm):
+    """timm's attention under `torch.compile`."""
 
     def __init__(self, case: ChannelCase, compile: Compile) -> None:
         super().__init__(case, compile)
-        self.function = partial(_bmm, heads=case.heads, mix_values=case.mix_values)
-
-
-class CompiledBmm(Bmm):
-    """Batched matrix products under `torch.compile`."""
-
-    def __init__(self, case: ChannelCase, compile: Compile) -> None:
-        super().__init__(case, compile)
-        self.function = compile(self.function)
+        self.function = compile(self._function)
 
 
 class Sdpa(Peer):
-    """PyTorch's fused attention on transposed maps."""
+    """PyTorch's fused attention on transposed maps: channels as tokens, tokens as channels."""
 
     def __init__(self, case: ChannelCase, compile: Compile) -> None:
         super().__init__(case, compile)
-        self.function = partial(_sdpa, heads=case.heads, mix_values=case.mix_values)
+        self.case = case
+        self.function = self._function
+
+    def _function(self, qkv: Tensor) -> Tensor:
+        tokens = qkv.flatten(1, 2).unflatten(-1, (3, self.case.heads, -1))
+        q, k, v = tokens.permute(2, 0, 3, 4, 1).unbind(0)
+        if self.case.mix_values:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(k, v, q, scale=q.shape[-2] ** -0.5)
+        return out.flatten(1, 2).transpose(1, 2).reshape(*qkv.shape[:3], -1)
 
 
 PEERS: Peers = {
     "backbones": Peer,
-    "reference": Reference,
-    "bmm": Bmm,
+    "timm": Timm,
     "sdpa": Sdpa,
-    "bmm compiled": CompiledBmm,
+    "timm compiled": CompiledTimm,
     "reference compiled": CompiledReference,
 }

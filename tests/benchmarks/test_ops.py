@@ -10,7 +10,7 @@ from benchmarks import _harness, ops
 from benchmarks.cases import all_cases, tiny_cases, window_attention
 from benchmarks.peers import PEERS, Peer
 
-TINY = {case.name: case for case in tiny_cases()}
+TINY = {f"{case.op}-{case.name}": case for case in tiny_cases()}
 PAIRS = [
     pytest.param(case, peer, id=f"{name}-{peer}")
     for name, case in TINY.items()
@@ -42,7 +42,7 @@ class Wrong(Peer):
 
 
 def test_a_peer_that_is_wrong_is_not_timed(monkeypatch):
-    case = TINY["tiny@20x28.stage0"]
+    case = TINY["window_attention-tiny@20x28.stage0"]
     monkeypatch.setitem(PEERS[case.op], "backbones", Wrong)
     (row,) = _harness.measure(case, "backbones", "cpu")
     assert row["error"] == "ArithmeticError: differs from the reference"
@@ -73,7 +73,9 @@ def test_names_are_unique():
     assert len(TINY) == len(tiny_cases())
 
 
-@pytest.mark.parametrize("case", [all_cases()[0], all_cases()[-1]], ids=lambda case: case.op)
+@pytest.mark.parametrize(
+    "case", {case.op: case for case in all_cases()}.values(), ids=lambda case: case.op
+)
 def test_floors_have_the_flops_of_the_op(case):
     inputs = {name: t.requires_grad_() for name, t in case.tensors("meta").items()}
     with FlopCounterMode(display=False) as counter:
@@ -117,13 +119,13 @@ def gpu(monkeypatch, tmp_path):
 
 
 def test_runs_of_the_same_code_add_up_and_others_start_anew(gpu):
-    first = gpu("--case", "davit_tiny@224x224.stage0")
+    first = gpu("--case", "tf_224@224x224.stage0.block")
     peers = len(PEERS["window_attention"])
     assert len(first) == 2 * peers
-    assert len(gpu("--case", "davit_tiny@224x224.stage1")) == 4 * peers
-    assert len(gpu("--case", "davit_tiny@224x224.stage1")) == 4 * peers
+    assert len(gpu("--case", "tf_224@224x224.stage1.block")) == 4 * peers
+    assert len(gpu("--case", "tf_224@224x224.stage1.block")) == 4 * peers
     gpu.head["commit"] = "abd"
-    assert gpu("--case", "davit_tiny@224x224.stage0") == first
+    assert gpu("--case", "tf_224@224x224.stage0.block") == first
 
 
 def test_a_budget_ends_the_run_and_keeps_what_is_measured(gpu, capsys, monkeypatch):
