@@ -24,7 +24,6 @@ class ChannelCase(Case):
     """
 
     op: ClassVar[str] = "channel_attention"
-    has_kernels: ClassVar[bool] = True
 
     mix_values: bool = False
 

@@ -21,7 +21,6 @@ class PartialCase(Case):
     """
 
     op: ClassVar[str] = "partial_attention"
-    has_kernels: ClassVar[bool] = True
     qk_dim: ClassVar[int] = 16
 
     values: int

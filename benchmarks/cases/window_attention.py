@@ -29,7 +29,6 @@ class WindowCase(Case):
     """
 
     op: ClassVar[str] = "window_attention"
-    has_kernels: ClassVar[bool] = True
 
     window: tuple[int, int]
     grid: bool = False

@@ -12,19 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.cases.partial_attention import PartialCase
 
-from ._peer import Compile, CompiledReference, Outputs, Peer, Peers
+from ._peer import Compile, CompiledReference, Given, Outputs, Peer, Peers
 
 # PyTorch's fused attention takes heads of a multiple of this
 _HEAD_ALIGN = 8
-
-
-class _Given(nn.Module):
-    """Stands for the convolution that would compute `value`."""
-
-    value: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value
 
 
 class Timm(Peer):
@@ -35,7 +26,7 @@ class Timm(Peer):
 
         super().__init__(case, compile)
         self.attention = SHSA(case.channels, case.qk_dim, case.values)
-        self.attention.pre_norm, self.attention.qkv = nn.Identity(), _Given()
+        self.attention.pre_norm, self.attention.qkv = nn.Identity(), Given()
         # the ReLU stays, the convolution goes
         self.attention.proj[1] = nn.Identity()
         self.function = self._function

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 # where there is no GPU to ask: the interpreter, and compilation ahead of time
 _MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile of scores, and how a program works on it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+    def doubled(self) -> Tile:
+        """The same tile for twice the warps, and nothing fetched ahead: fewer registers each."""
+        return replace(self, num_warps=2 * self.num_warps, num_stages=1)
 
 
 def multiprocessors(tensor: Tensor) -> int:

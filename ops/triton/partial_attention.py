@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _partial_kernels as kernels
-from ._launch import cdiv, input_precision, next_power_of_2, rows_contiguous
-from .window_attention import Tile
+from ._launch import Tile, cdiv, input_precision, next_power_of_2, rows_contiguous
 
 # channels that pass, copied at a time
 _BLOCK_C = 128

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,35 +11,19 @@ from torch import Tensor
 from .._windows import ONE_TILE, Windows, cells
 from . import _window_kernels as whole
 from . import _window_tiled_kernels as tiled
-from ._launch import cdiv, input_precision, multiprocessors, next_power_of_2, rows_contiguous
+from ._launch import (
+    Tile,
+    cdiv,
+    input_precision,
+    multiprocessors,
+    next_power_of_2,
+    rows_contiguous,
+)
 
 # one tile of the backward pass over keys holds the queries of windows up to this size
 _ALL_QUERIES = 256
 # float32 partial sums of the bias gradient
 _PARTIAL_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Queries and keys of a tile of scores, and how a program works on it."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int = 2
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of a launch."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
-
-    def doubled(self) -> Tile:
-        """The same tile for twice the warps, and nothing fetched ahead: fewer registers each."""
-        return replace(self, num_warps=2 * self.num_warps, num_stages=1)
 
 
 def one_tile(keys: int, crowded: bool) -> Tile:

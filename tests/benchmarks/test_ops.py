@@ -42,7 +42,7 @@ class Wrong(Peer):
 
 
 def test_a_peer_that_is_wrong_is_not_timed(monkeypatch):
-    case = TINY["window_attention-tiny@20x28.stage0"]
+    case = TINY["partial_attention-tiny@20x28.stage0"]
     monkeypatch.setitem(PEERS[case.op], "backbones", Wrong)
     (row,) = _harness.measure(case, "backbones", "cpu")
     assert row["error"] == "ArithmeticError: differs from the reference"

@@ -248,3 +248,14 @@ for example in EXAMPLES:
     assert len(lines) == len(EXAMPLES), run.stderr
     for example, line in zip(EXAMPLES, lines, strict=True):
         assert f"{example.op} on a cpu device needs Triton: pip install triton" in line
+
+
+def test_unknown_value_of_the_environment_variable_is_named():
+    run = subprocess.run(
+        [sys.executable, "-c", "import backbones.ops"],
+        env={**os.environ, "BACKBONES_OPS": "fast"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "BACKBONES_OPS='fast' is not one of ('auto', 'reference')" in run.stderr
