@@ -57,7 +57,7 @@ def _split(qkv: Tensor, num_heads: int, mix_values: bool) -> tuple[Tensor, Tenso
 
 def _pack(parts: list[Tensor], like: Tensor) -> Tensor:
     """The map `(B, H, W, C)` of the parts `(B, heads, N, D)`, one after the other."""
-    packed = torch.stack(parts, dim=2).permute(0, 3, 2, 1, 4)
+    packed = torch.stack([part.transpose(1, 2) for part in parts], dim=2)
     return packed.flatten(2).unflatten(1, like.shape[1:3]).to(like.dtype)
 
 
