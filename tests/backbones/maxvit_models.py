@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import backbones
-from tests.support import golden
+from tests.backbones.models import deterministic
 
 WIDTHS, DEPTHS, STEM = (32, 64, 64, 96), (1, 2, 1, 1), (16, 24)
 
@@ -41,27 +41,6 @@ def timms(kind: str, depths=DEPTHS, **kwargs) -> nn.Module:
     return theirs.MaxxVit(cfg, **{"img_size": 64, "num_classes": 10, **kwargs})
 
 
-def deterministic(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Fill a model with the deterministic weights of its tensor names, for evaluation."""
-    model = model.to(dtype).eval()
-    model.load_state_dict(golden.fill_model(model))
-    return model
-
-
 def pair(kind: str, dtype: torch.dtype = torch.float64, **kwargs) -> tuple[nn.Module, nn.Module]:
     """Our model and timm's with the same weights."""
     return deterministic(ours(kind, **kwargs), dtype), deterministic(timms(kind, **kwargs), dtype)
-
-
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest expected value."""
-    assert value.shape == expected.shape
-    return float((value - expected).abs().max() / expected.abs().max())
-
-
-def worst_error(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> float:
-    """Largest relative error of the logits, the last map and every feature."""
-    last, maps = ours.forward_intermediates(x)
-    expected_last, expected_maps = theirs.forward_intermediates(x)
-    pairs = [(ours(x), theirs(x)), (last, expected_last), *zip(maps, expected_maps, strict=True)]
-    return max(relative_error(*pair) for pair in pairs)

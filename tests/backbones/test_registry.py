@@ -1,6 +1,5 @@
 """Our models under timm's registry, and timm's own back again."""
 
-import json
 import os
 import subprocess
 import sys
@@ -104,18 +103,3 @@ def test_unknown_names_suggest_known_ones(name, message):
 def test_unknown_tag_through_timm():
     with pytest.raises(ValueError, match="tag 'in22k' of shvit_s1 is unknown: use in1k"):
         timm.create_model("shvit_s1.in22k")
-
-
-def test_saved_model_comes_back_from_a_folder(tmp_path):
-    import torch
-    from timm.models import save_for_hf
-
-    model = backbones.create_model("shvit_s1", num_classes=3).eval()
-    save_for_hf(model, tmp_path, safe_serialization=True)
-    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "shvit_s1"
-    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    assert type(again) is backbones.SHViT
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(again(x), model(x))
-    assert "state_dict" not in again.pretrained_cfg
-    assert again.pretrained_cfg["source"] == "local-dir"

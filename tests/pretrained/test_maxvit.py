@@ -3,7 +3,8 @@ import timm
 import torch
 
 from backbones.pretrained import WeightsError, convert_state_dict, find_weights, maxvit
-from tests.backbones.maxvit_models import deterministic, ours
+from tests.backbones.maxvit_models import ours
+from tests.backbones.models import deterministic
 from tests.support import golden
 
 EMA = "/ExponentialMovingAverage"

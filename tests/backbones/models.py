@@ -1,0 +1,112 @@
+"""Small models of every family, for the tests of what all have in common, and comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from tests.support import golden
+
+
+@dataclass(frozen=True)
+class Small:
+    """A registered model made small.
+
+    Attributes:
+        name: Its name.
+        args: Arguments that make it so; a tuple as long as there are stages has a value for each.
+        widths: Channels of its features.
+        strides: Their strides.
+        stages: Its stages.
+    """
+
+    name: str
+    args: dict[str, Any]
+    widths: tuple[int, ...]
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+    stages: int = 4
+
+    def create(self, **kwargs: Any) -> nn.Module:
+        """The model, as timm makes it."""
+        return timm.create_model(self.name, **{"num_classes": 10, **self.args, **kwargs})
+
+    def create_short(self, **kwargs: Any) -> nn.Module:
+        """The model with its first two stages only."""
+        args = {
+            name: value[:2] if isinstance(value, tuple) and len(value) == self.stages else value
+            for name, value in self.args.items()
+        }
+        return self.create(**args, **kwargs)
+
+    def maps(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """Shapes of the features of an image."""
+        return [
+            (channels, -(-height // stride), -(-width // stride))
+            for channels, stride in zip(self.widths, self.strides, strict=True)
+        ]
+
+
+_DEPTHS, _WIDTHS, _HEADS = (1, 1, 2, 1), (32, 64, 64, 96), (1, 2, 2, 3)
+_DAVIT = {"embed_dims": _WIDTHS, "num_heads": _HEADS, "depths": _DEPTHS}
+_MAXVIT = {"embed_dim": _WIDTHS, "depths": _DEPTHS, "stem_width": (16, 24), "img_size": 64}
+_MAXVIT_TF = {**_MAXVIT, "head_hidden_size": 48}
+_MAXVIT_MAPS = ((24, *_WIDTHS), (2, 4, 8, 16, 32))
+_SHVIT = {"embed_dim": (32, 48, 72), "depth": (1, 1, 2), "partial_dim": (16, 16, 19)}
+
+FAMILIES = {
+    "davit": Small("davit_tiny", _DAVIT, _WIDTHS),
+    "maxvit": Small("maxvit_tiny_tf_224", _MAXVIT_TF, *_MAXVIT_MAPS),
+    "shvit": Small("shvit_s1", _SHVIT, (32, 48, 72), (16, 32, 64), stages=3),
+}
+
+# other layers and heads of the same families, for what is quick to test
+VARIANTS = {
+    **FAMILIES,
+    "davit_fl": Small("davit_base_fl", _DAVIT, _WIDTHS),
+    "maxvit_rw": Small("maxvit_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),
+    "maxvit_rmlp": Small("maxvit_rmlp_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),
+    "maxvit_pm": Small("maxvit_tiny_pm_256", _MAXVIT, *_MAXVIT_MAPS),
+}
+
+
+def deterministic(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Fill a model with the deterministic weights of its tensor names, for evaluation."""
+    model = model.to(dtype).eval()
+    model.load_state_dict(golden.fill_model(model))
+    return model
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest expected value."""
+    assert value.shape == expected.shape
+    return float((value - expected).abs().max() / expected.abs().max())
+
+
+def worst_error(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> float:
+    """Largest relative error of the logits, the last map and every feature."""
+    last, maps = ours.forward_intermediates(x)
+    expected_last, expected_maps = theirs.forward_intermediates(x)
+    pairs = [(ours(x), theirs(x)), (last, expected_last), *zip(maps, expected_maps, strict=True)]
+    return max(relative_error(*pair) for pair in pairs)
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of a fixed sum of the logits in training; random numbers start at a fixed seed."""
+    model.train().zero_grad()
+    torch.manual_seed(0)
+    logits = model(x)
+    (logits * torch.from_numpy(golden.normal("weight", logits.shape))).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def worst_gradient(
+    value: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> tuple[float, str]:
+    """Largest difference of two sets of gradients, relative to the largest of all, and where."""
+    assert list(value) == list(expected)
+    scale = max(grad.abs().max() for grad in expected.values())
+    return max((float((value[n] - grad).abs().max() / scale), n) for n, grad in expected.items())
