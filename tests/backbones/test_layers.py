@@ -11,7 +11,7 @@ from torch import nn
 from backbones.layers import RelativePositionBias, RelativePositionBiasTf, RelativePositionMlp
 from backbones.layers.fold import batch_norm_affine, fold_input, fold_layer_norm, fold_output
 from backbones.layers.resize_table import resize_table
-from backbones.layers.strided import AvgPool2dCeil, StridedConv2d, conv2d_same
+from backbones.layers.strided import AvgPool2dCeil, PatchConv2d, StridedConv2d, conv2d_same
 
 SIZES = [(8, 8), (7, 8), (8, 7), (7, 7), (1, 2), (2, 1), (1, 1), (12, 5)]
 
@@ -51,6 +51,25 @@ def test_pooling_averages_what_is_there(compiled, monkeypatch):
     assert pool(ones).flatten().tolist() == [1.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("compiled, tracing", [(False, False), (True, False), (False, True)])
+def test_patches_of_odd_maps_end_with_zeros(compiled, tracing, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: tracing)
+    layer = PatchConv2d(3, 5).double()
+    for height, width in SIZES:
+        x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+        y = layer(x)
+        assert y.shape == (2, 5, (height + 1) // 2, (width + 1) // 2)
+        padded = torch.zeros(2, 3, height + height % 2, width + width % 2, dtype=torch.float64)
+        padded[:, :, :height, :width] = x
+        patches = padded.unfold(2, 2, 2).unfold(3, 2, 2)
+        expected = torch.einsum("bchwij,ocij->bohw", patches, layer.weight)
+        expected = expected + layer.bias[:, None, None]
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
 def test_nothing_is_padded_where_a_convolution_can(monkeypatch):
     def pad(*args: object) -> torch.Tensor:
         raise AssertionError("a copy")
@@ -59,6 +78,7 @@ def test_nothing_is_padded_where_a_convolution_can(monkeypatch):
     weight = torch.randn(6, 1, 3, 3)
     assert conv2d_same(torch.randn(1, 6, 8, 8), weight, None, 6).shape == (1, 6, 4, 4)
     assert AvgPool2dCeil()(torch.randn(1, 6, 9, 8)).shape == (1, 6, 5, 4)
+    assert PatchConv2d(6, 6)(torch.randn(1, 6, 8, 8)).shape == (1, 6, 4, 4)
 
 
 @pytest.mark.parametrize("bias", [False, True])
