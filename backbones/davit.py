@@ -59,7 +59,7 @@ class Stem(nn.Module):
     def __init__(self, in_chans: int, dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        # its own zeros are all that sizes need that are no multiples of 4
+        # its own padding reaches as far as timm's, which completes sizes to multiples of 4 first
         self.conv = nn.Conv2d(in_chans, dim, 7, 4, 3, **dd)
         self.norm = _norm(dim, **dd)
 
