@@ -82,7 +82,7 @@ def _check_names(
 
 
 def _has_norms(names: Collection[str]) -> bool:
-    return any(name.endswith(".running_mean") for name in names)
+    return any(name.endswith((".running_mean", ".norm1.weight")) for name in names)
 
 
 def _check_shapes(

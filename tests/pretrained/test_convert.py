@@ -93,12 +93,13 @@ def test_missing_classifier_passes_without_require_head(official):
     assert "head.l.weight" not in converted and "patch_embed.0.c.weight" in converted
 
 
-def test_fused_models(official):
-    fused = timm.create_model("shvit_s1").fuse()
+@pytest.mark.parametrize("name", ["shvit_s1", "davit_tiny"])
+def test_fused_models(name):
+    plain, fused = timm.create_model(name), timm.create_model(name).fuse()
     with pytest.raises(WeightsError, match="load the weights before fuse"):
-        convert_state_dict(official, fused)
+        convert_state_dict(plain.state_dict(), fused)
     with pytest.raises(WeightsError, match="weights are of a fused model"):
-        convert_state_dict(fused.state_dict(), build())
+        convert_state_dict(fused.state_dict(), plain)
     assert list(convert_state_dict(fused.state_dict(), fused)) == list(fused.state_dict())
 
 
