@@ -4,7 +4,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.fx
-from timm.layers import to_2tuple
+from timm.layers import (
+    ClassifierHead,
+    NormMlpClassifierHead,
+    SelectAdaptivePool2d,
+    to_2tuple,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -226,6 +231,68 @@ class Backbone(nn.Module):
         """
         _fuse_children(self)
         return self
+
+
+class HeadedBackbone(Backbone):
+    """A backbone with one of timm's classifier heads.
+
+    A family sets `head`, a `ClassifierHead` or `NormMlpClassifierHead`, and `drop_rate`, its
+    dropout, besides what `Backbone` asks for.
+    """
+
+    if TYPE_CHECKING:
+        head: ClassifierHead | NormMlpClassifierHead
+        drop_rate: float
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool a map `(B, num_features, H, W)` and classify it.
+
+        Args:
+            x: The map of the last stage, after the norm if there is one.
+            pre_logits: Return what the last linear layer takes, `(B, head_hidden_size)`, instead.
+
+        Returns:
+            Logits `(B, num_classes)`.
+        """
+        return self.head(x, pre_logits=pre_logits)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the linear classifier, an Identity if there is none."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(
+        self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
+    ) -> None:
+        """Replace the classifier by a fresh one.
+
+        Args:
+            num_classes: Classes, 0 for none.
+            global_pool: Pooling before it, "" for none; None keeps the current one.
+            reset_other: Drop norm and hidden layer of the head too, if it has them.
+        """
+        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
+        check_pool(pool)
+        like = next(self.parameters())
+        dd = {"device": like.device, "dtype": like.dtype}
+        if isinstance(self.head, NormMlpClassifierHead) and not reset_other:
+            self.head.reset(num_classes, pool)
+            self.head.to(**dd)
+        else:
+            self.head = ClassifierHead(self.num_features, num_classes, pool, self.drop_rate, **dd)
+            self.head_hidden_size = self.num_features
+        self.head.train(self.training)
+        self.num_classes = num_classes
+
+    def _remove_head(self) -> None:
+        self.reset_classifier(0, "", reset_other=True)
+
+
+def check_pool(global_pool: str) -> None:
+    """Raise ValueError if a pooling changes the number of channels."""
+    if SelectAdaptivePool2d(pool_type=global_pool).feat_mult() != 1:
+        raise ValueError(f"global_pool={global_pool!r} changes the width: use 'avg' or 'max'")
 
 
 def _fuse_children(module: nn.Module) -> None:

@@ -21,10 +21,8 @@ from typing import Any
 
 import torch
 from timm.layers import (
-    ClassifierHead,
     LayerNorm2d,
     NormMlpClassifierHead,
-    SelectAdaptivePool2d,
     calculate_drop_path_rates,
     trunc_normal_,
 )
@@ -34,7 +32,7 @@ from torch import Tensor, nn
 from backbones.pretrained import convert_state_dict
 from backbones.pretrained.davit import WEIGHTS
 
-from ._backbone import Backbone
+from ._backbone import HeadedBackbone, check_pool
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import ChannelAttention, ConvAttentionBlock, PatchConv2d, WindowAttention
@@ -122,7 +120,7 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class DaViT(Backbone):
+class DaViT(HeadedBackbone):
     """DaViT (arXiv 2204.03645): images `(B, in_chans, H, W)` of any size from 32x32 on.
 
     `fuse()` folds the norms of the blocks into the linear layers behind them. The norm of the
@@ -171,7 +169,7 @@ class DaViT(Backbone):
         dd = {"device": device, "dtype": dtype}
         _check_stages(embed_dims, depths, num_heads)
         _check_sizes(window_size, down_kernel_size)
-        _check_pool(global_pool)
+        check_pool(global_pool)
         self.drop_rate = drop_rate
         self.stem = Stem(in_chans, embed_dims[0], **dd)
         # both blocks of a pair have one rate, as in timm; the official code counts blocks
@@ -197,49 +195,6 @@ class DaViT(Backbone):
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` at a quarter of their size, rounded up."""
         return self.stem(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool a map `(B, num_features, H, W)` and classify it.
-
-        Args:
-            x: The map of the last stage.
-            pre_logits: Return the pooled, normed features `(B, head_hidden_size)` instead.
-
-        Returns:
-            Logits `(B, num_classes)`.
-        """
-        return self.head(x, pre_logits=pre_logits)
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """Return the linear classifier, an Identity if there is none."""
-        return self.head.fc
-
-    @torch.jit.ignore
-    def reset_classifier(
-        self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
-    ) -> None:
-        """Replace the classifier by a fresh one.
-
-        Args:
-            num_classes: Classes, 0 for none.
-            global_pool: Pooling before it, "" for none; None keeps the current one.
-            reset_other: Drop the norm between pooling and classifier too.
-        """
-        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        _check_pool(pool)
-        like = next(self.parameters())
-        dd = {"device": like.device, "dtype": like.dtype}
-        if isinstance(self.head, NormMlpClassifierHead) and not reset_other:
-            self.head.reset(num_classes, pool)
-            self.head.to(**dd)
-        else:
-            self.head = ClassifierHead(self.num_features, num_classes, pool, self.drop_rate, **dd)
-        self.head.train(self.training)
-        self.num_classes = num_classes
-
-    def _remove_head(self) -> None:
-        self.reset_classifier(0, "", reset_other=True)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -285,11 +240,6 @@ def _check_sizes(window_size: int, down_kernel_size: int) -> None:
         raise ValueError(f"window_size={window_size} must be positive")
     if down_kernel_size not in (2, 3):
         raise ValueError(f"down_kernel_size={down_kernel_size} is not available: use 2 or 3")
-
-
-def _check_pool(global_pool: str) -> None:
-    if SelectAdaptivePool2d(pool_type=global_pool).feat_mult() != 1:
-        raise ValueError(f"global_pool={global_pool!r} changes the width: use 'avg' or 'max'")
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -24,7 +24,6 @@ from timm.layers import (
     ClassifierHead,
     LayerNorm2d,
     NormMlpClassifierHead,
-    SelectAdaptivePool2d,
     calculate_drop_path_rates,
     to_2tuple,
 )
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from backbones.pretrained import convert_state_dict, unwrap
 from backbones.pretrained.maxvit import WEIGHTS, to_ours
 
-from ._backbone import Backbone
+from ._backbone import HeadedBackbone, check_pool
 from ._builder import build_model, generate_cfgs, record_input_size
 from ._registry import register_model
 from .layers import ConvStem, MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
@@ -44,7 +43,7 @@ __all__ = ["MaxViT"]
 _TABLE = ".relative_position_bias_table"
 
 
-class MaxViT(Backbone):
+class MaxViT(HeadedBackbone):
     """MaxViT (arXiv 2204.01697): images `(B, in_chans, H, W)` of any size from 32x32 on.
 
     Equal to timm's model at every size that timm's accepts, which are those that the windows divide
@@ -133,7 +132,7 @@ class MaxViT(Backbone):
 
         final_norm = partial(LayerNorm2d, eps=1e-5 if style == "tf" else 1e-6)
         self.norm = nn.Identity() if head_hidden_size else final_norm(in_dim, **dd)
-        _check_pool(global_pool)
+        check_pool(global_pool)
         if head_hidden_size:
             self.head = NormMlpClassifierHead(
                 in_dim, num_classes, head_hidden_size, global_pool, drop_rate, final_norm, **dd
@@ -168,51 +167,6 @@ class MaxViT(Backbone):
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` at half their size, rounded up."""
         return self.stem(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool a map `(B, num_features, H, W)` and classify it.
-
-        Args:
-            x: The map of the last stage, after the norm if there is one.
-            pre_logits: Return what the last linear layer takes, `(B, head_hidden_size)`, instead.
-
-        Returns:
-            Logits `(B, num_classes)`.
-        """
-        return self.head(x, pre_logits=pre_logits)
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """Return the linear classifier, an Identity if there is none."""
-        return self.head.fc
-
-    @torch.jit.ignore
-    def reset_classifier(
-        self, num_classes: int, global_pool: str | None = None, reset_other: bool = False
-    ) -> None:
-        """Replace the classifier by a fresh one.
-
-        Args:
-            num_classes: Classes, 0 for none.
-            global_pool: Pooling before it, "" for none; None keeps the current one.
-            reset_other: Drop norm and hidden layer of the classifier too, if it has them.
-        """
-        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        _check_pool(pool)
-        if isinstance(self.head, NormMlpClassifierHead) and not reset_other:
-            like = self.head.norm.weight
-            self.head.reset(num_classes, pool)
-            self.head.to(device=like.device, dtype=like.dtype).train(self.head.training)
-        else:
-            like = next(self.parameters())
-            dd = {"device": like.device, "dtype": like.dtype}
-            self.head = ClassifierHead(self.num_features, num_classes, pool, self.drop_rate, **dd)
-            self.head.train(self.training)
-            self.head_hidden_size = self.num_features
-        self.num_classes = num_classes
-
-    def _remove_head(self) -> None:
-        self.reset_classifier(0, "", reset_other=True)
 
     @torch.jit.ignore
     def set_input_size(
@@ -261,11 +215,6 @@ class MaxViT(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters into layers, for layer-wise rates."""
         return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
-
-
-def _check_pool(global_pool: str) -> None:
-    if SelectAdaptivePool2d(pool_type=global_pool).feat_mult() != 1:
-        raise ValueError(f"global_pool={global_pool!r} changes the width: use 'avg' or 'max'")
 
 
 def _init_weights(model: MaxViT) -> None:
