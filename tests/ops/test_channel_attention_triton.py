@@ -9,7 +9,15 @@ from torch import Tensor
 
 from backbones.ops import channel_attention
 from tests.support import golden
-from tests.support.kernels import DEVICE, error, exact, needs_interpreter, run, triton_kernels
+from tests.support.kernels import (
+    DEVICE,
+    check_cuda_graph,
+    error,
+    exact,
+    needs_interpreter,
+    run,
+    triton_kernels,
+)
 
 
 @dataclass(frozen=True)
@@ -201,22 +209,7 @@ def test_on_the_device(call, dtype):
 @pytest.mark.parametrize("call", [CALLS[2], Call((1, 100, 100))], ids=lambda call: call.name)
 def test_captures_in_a_cuda_graph(call):
     leaf, weight = call.leaf(torch.float16), call.weight(torch.float16)
-
-    def step() -> list[Tensor]:
-        out = call(leaf)
-        return [out, *torch.autograd.grad((out * weight).sum(), leaf)]
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for value in captured:
-        value.zero_()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    check_cuda_graph(call, [leaf], weight)
 
 
 @pytest.mark.gpu

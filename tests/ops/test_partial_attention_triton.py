@@ -9,7 +9,15 @@ from torch import Tensor
 
 from backbones.ops import partial_attention
 from tests.support import golden
-from tests.support.kernels import DEVICE, error, exact, needs_interpreter, run, triton_kernels
+from tests.support.kernels import (
+    DEVICE,
+    check_cuda_graph,
+    error,
+    exact,
+    needs_interpreter,
+    run,
+    triton_kernels,
+)
 
 
 @dataclass(frozen=True)
@@ -225,22 +233,7 @@ def test_on_the_device(call, dtype):
 @pytest.mark.parametrize("call", [CALLS[1], TILED], ids=lambda call: call.name)
 def test_captures_in_a_cuda_graph(call):
     inputs, weight = call.cast(torch.float16, "cuda"), call.weight().half().cuda()
-
-    def step() -> list[Tensor]:
-        out = call(*inputs)
-        return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for value in captured:
-        value.zero_()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    check_cuda_graph(call, inputs, weight)
 
 
 @pytest.mark.gpu

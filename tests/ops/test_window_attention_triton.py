@@ -8,7 +8,15 @@ from torch import Tensor
 
 from backbones.ops import window_attention
 from tests.ops.windows import Call
-from tests.support.kernels import DEVICE, error, exact, needs_interpreter, run, triton_kernels
+from tests.support.kernels import (
+    DEVICE,
+    check_cuda_graph,
+    error,
+    exact,
+    needs_interpreter,
+    run,
+    triton_kernels,
+)
 
 # one tile of 16, 32, 64 tokens; several; all of `ops/triton/window_attention.py`
 CALLS = [
@@ -185,24 +193,7 @@ def test_captures_in_a_cuda_graph(call):
     inputs = [
         None if x is None else x.detach().half().cuda().requires_grad_() for x in call.inputs()
     ]
-    leaves = [x for x in inputs if x is not None]
-    weight = call.weight().half().cuda()
-
-    def step() -> list[Tensor]:
-        out = call(*inputs)
-        return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for value in captured:
-        value.zero_()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    check_cuda_graph(call, inputs, call.weight().half().cuda())
 
 
 @pytest.mark.gpu

@@ -71,3 +71,25 @@ def error(value: Tensor, expected: Tensor) -> float:
     expected = expected.detach()
     difference = value.detach().cpu().double() - expected
     return float(difference.norm() / expected.norm().clamp(min=1e-30))
+
+
+def check_cuda_graph(function: Function, inputs: Sequence[Tensor | None], weight: Tensor) -> None:
+    """Replay output and gradients from a CUDA graph: they must equal those of plain calls."""
+    leaves = [x for x in inputs if x is not None]
+
+    def step() -> list[Tensor]:
+        out = function(*inputs)
+        return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for value in captured:
+        value.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
