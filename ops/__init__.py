@@ -7,6 +7,13 @@ Every op is one function, registered with `torch.library`: it works in eager mod
 
 from ._common import reference_in_use, use_reference
 from .channel_attention import channel_attention, channel_attention_reference
+from .depthwise_conv import (
+    depthwise_conv,
+    depthwise_conv_mean,
+    depthwise_conv_mean_reference,
+    depthwise_conv_reference,
+)
+from .depthwise_conv_norm import depthwise_conv_norm, depthwise_conv_norm_reference
 from .flops import count_macs, fvcore_handles
 from .partial_attention import partial_attention, partial_attention_reference
 from .window_attention import window_attention, window_attention_reference
@@ -15,6 +22,12 @@ __all__ = [
     "channel_attention",
     "channel_attention_reference",
     "count_macs",
+    "depthwise_conv",
+    "depthwise_conv_mean",
+    "depthwise_conv_mean_reference",
+    "depthwise_conv_norm",
+    "depthwise_conv_norm_reference",
+    "depthwise_conv_reference",
     "fvcore_handles",
     "partial_attention",
     "partial_attention_reference",

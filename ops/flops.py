@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from . import channel_attention as _channel_attention  # noqa: F401  registers the op
+from . import depthwise_conv as _depthwise_conv  # noqa: F401
+from . import depthwise_conv_norm as _depthwise_conv_norm  # noqa: F401
 from . import partial_attention as _partial_attention  # noqa: F401
 from . import window_attention as _window_attention  # noqa: F401
 from ._windows import cells
@@ -90,6 +92,40 @@ def _channel_attention_backward_flops(
     return 2 * 4 * _channel_attention_product(qkv, num_heads)
 
 
+def _depthwise_conv_macs(x: Shape, weight: Shape, stride: int) -> int:
+    positions = prod(-(-length // stride) for length in x[1:3])
+    return x[0] * positions * prod(weight)
+
+
+@register_flop_formula(torch.ops.backbones.depthwise_conv)
+def _depthwise_conv_flops(
+    x: Shape, weight: Shape, bias: Any, addend: Any, stride: int, *args: Any, out_shape: Any = None
+) -> int:
+    return 2 * _depthwise_conv_macs(x, weight, stride)
+
+
+@register_flop_formula(torch.ops.backbones.depthwise_conv_backward)
+def _depthwise_conv_backward_flops(
+    grad: Shape,
+    grad_mean: Any,
+    x: Shape,
+    weight: Shape,
+    bias: Any,
+    stride: int,
+    *args: Any,
+    out_shape: Any = None,
+) -> int:
+    act, *needed = args[3:]
+    # what an activation took is computed anew
+    passes = sum(needed) + bool(act)
+    return 2 * passes * _depthwise_conv_macs(x, weight, stride)
+
+
+@register_flop_formula(torch.ops.backbones.depthwise_conv_norm)
+def _depthwise_conv_norm_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = None) -> int:
+    return 2 * _depthwise_conv_macs(x, weight, 1)
+
+
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Handles for `fvcore.nn.FlopCountAnalysis(model, x).set_op_handle(**handles)`, in MACs.
 
@@ -108,12 +144,21 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def channel_attention(inputs: list[Any], outputs: list[Any]) -> int:
         return 2 * _channel_attention_product(get_shape(inputs[0]), inputs[1].toIValue())
 
+    def depthwise_conv(inputs: list[Any], outputs: list[Any]) -> int:
+        shapes = get_shape(inputs[0]), get_shape(inputs[1])
+        return _depthwise_conv_macs(*shapes, inputs[4].toIValue())
+
+    def depthwise_conv_norm(inputs: list[Any], outputs: list[Any]) -> int:
+        return _depthwise_conv_macs(get_shape(inputs[0]), get_shape(inputs[1]), 1)
+
     def attention(inputs: list[Any], outputs: list[Any]) -> int:
         query, key, value = (get_shape(i) for i in inputs[:3])
         return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
     return {
         "backbones::channel_attention": channel_attention,
+        "backbones::depthwise_conv": depthwise_conv,
+        "backbones::depthwise_conv_norm": depthwise_conv_norm,
         "backbones::partial_attention": partial_attention,
         "backbones::window_attention": window_attention,
         "aten::scaled_dot_product_attention": attention,

@@ -1,0 +1,89 @@
+"""What the two depthwise convolutions and both of their implementations share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._common import autocast
+
+SIZES = range(3, 18, 2)
+
+
+class Window(NamedTuple):
+    """Where a kernel of `size` by `size` taps is put.
+
+    Attributes:
+        size: Rows, and columns, of the kernel; odd.
+        stride: Pixels from one position to the next.
+        same: Zeros as TensorFlow's "same" puts them, with stride 2: none before the first row or
+            column of an even number, and one after the last; else `size // 2` on all sides.
+    """
+
+    size: int
+    stride: int = 1
+    same: bool = False
+
+    def pad(self, length: int) -> int:
+        """Zeros before the first of `length` rows or columns."""
+        return length % 2 if self.same else self.size // 2
+
+    def out(self, length: int) -> int:
+        """Positions along `length` rows or columns."""
+        return (length - 1) // self.stride + 1
+
+
+class Fused(NamedTuple):
+    """What surrounds a convolution.
+
+    Attributes:
+        residual: Add what is convolved.
+        pre_act: Activation before, one of `ACTIVATIONS`.
+        act: Activation behind, residual and addend included.
+    """
+
+    residual: bool = False
+    pre_act: str = ""
+    act: str = ""
+
+
+def cast_all(residual: bool, x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Apply the autocast rule of depthwise convolutions: a residual stream keeps its type.
+
+    Under autocast the sums of residual branches are often float32; what a convolution added to such
+    a stream would lose in 16 bit, all later layers would miss.
+    """
+    if not residual:
+        return autocast(x, *tensors)
+    # the query raises on the meta device
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return x, *tensors
+    return x, *(t if t is None else t.to(x.dtype) for t in tensors)
+
+
+def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, at: Window) -> None:
+    """Check what all depthwise convolutions take.
+
+    Raises:
+        ValueError: Shapes or types that do not fit together.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x {tuple(x.shape)} must be a map (B, H, W, C)")
+    channels = x.shape[3]
+    if at.size not in SIZES or weight.shape != (channels, 1, at.size, at.size):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} must be (C, 1, K, K) with C = {channels} and K odd "
+            "from 3 to 17"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias {tuple(bias.shape)} must be a vector of C = {channels}")
+    if at.stride != 1 and (at.stride, at.size) != (2, 3):
+        raise ValueError(f"stride={at.stride} of kernels of {at.size}: 1, or 2 for kernels of 3")
+    if at.same and at.stride != 2:
+        raise ValueError(
+            f'same=True needs stride 2, not {at.stride}: else it is the padding of "K // 2"'
+        )
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight is {weight.dtype} and x {x.dtype}: cast one of them")

@@ -1,0 +1,165 @@
+"""Depthwise convolution of a map `(B, H, W, C)`, its surroundings and gradients, in plain PyTorch.
+
+Of several formulations that compute the same, these are the fastest on a CPU
+(`benchmarks/results/depthwise_cpu.json`). `triton/depthwise_conv.py` has functions of the same
+names.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._activations import activate, activation_grad
+from ._common import accumulation_dtype
+from ._depthwise import Fused, Window
+
+# kernels that oneDNN runs faster on planes, both copies included
+_PLANES = (11, 13)
+
+
+def _shift(at: Window, x: Tensor) -> tuple[int, int]:
+    """Rows and columns by which `_pads` reaches further than the window does."""
+    if not at.same:
+        return 0, 0
+    return 1 - x.shape[1] % 2, 1 - x.shape[2] % 2
+
+
+def _pads(at: Window, x: Tensor) -> list[int]:
+    # PyTorch pads both sides alike; one row too many is cheaper than a padded copy
+    return [at.size // 2 + shift for shift in _shift(at, x)]
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pads: list[int]) -> Tensor:
+    channels = x.shape[3]
+    x = x.permute(0, 3, 1, 2)
+    if weight.shape[-1] in _PLANES and x.device.type == "cpu":
+        x = x.contiguous()
+    return F.conv2d(x, weight, bias, stride, pads, 1, channels).permute(0, 2, 3, 1)
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None, at: Window, fused: Fused
+) -> Tensor:
+    """Compute all but the last activation and the mean, differentiably.
+
+    Args:
+        x: Map `(B, H, W, C)`.
+        weight: Kernels `(C, 1, K, K)`.
+        bias: Vector `(C,)`, or None.
+        addend: Map `(B, H', W', C)`, or None.
+        at: Where the kernels are put.
+        fused: What surrounds the convolution.
+
+    Returns:
+        A map `(B, H', W', C)` of any strides.
+    """
+    rows, cols = _shift(at, x)
+    x = activate(x, fused.pre_act)
+    y = _conv(x, weight, bias, at.stride, _pads(at, x))[:, rows:, cols:]
+    if fused.residual:
+        y = x + y
+    return y if addend is None else y + addend
+
+
+def average(y: Tensor) -> Tensor:
+    """Average `y` `(B, H, W, C)` over the map, `(B, C)`."""
+    return y.mean((1, 2), dtype=accumulation_dtype(y.dtype)).to(y.dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    at: Window,
+    fused: Fused,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the result `(B, H', W', C)`, and with `mean` its average `(B, C)`, else nothing."""
+    y = activate(convolve(x, weight, bias, addend, at, fused), fused.act).contiguous()
+    return y, average(y) if mean else y.new_empty(0)
+
+
+def grad_sum(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    at: Window,
+    fused: Fused,
+) -> Tensor:
+    """The gradient `(B, H', W', C)` of what the last activation takes; `grad` itself without."""
+    if grad_mean is not None:
+        grad = grad + (grad_mean / (grad.shape[1] * grad.shape[2]))[:, None, None]
+    if not fused.act:
+        return grad
+    return activation_grad(grad, convolve(x, weight, bias, None, at, fused), fused.act)
+
+
+def grad_input(dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused) -> Tensor:
+    """The gradient `(B, H, W, C)` of `x`, from that of `grad_sum`."""
+    if at.stride == 1:
+        # the same convolution with its kernels turned around
+        dt = _conv(dy, weight.flip(2, 3), None, 1, _pads(at, x))
+    else:
+        dt = _conv_backward(dy, x, weight, at, True)[0].permute(0, 2, 3, 1)
+    if fused.residual:
+        dt = dt + dy
+    return activation_grad(dt, x, fused.pre_act).contiguous()
+
+
+def grad_weight(
+    dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `weight` and of the bias `(C,)`, from that of `grad_sum`."""
+    dw = _conv_backward(dy, activate(x, fused.pre_act), weight, at, False)[1]
+    dbias = dy.sum((0, 1, 2), dtype=accumulation_dtype(dy.dtype)).to(dy.dtype)
+    return dw.contiguous(), dbias
+
+
+def _conv_backward(
+    dy: Tensor, t: Tensor, weight: Tensor, at: Window, of_input: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = _shift(at, t)
+    if rows + cols > 0:
+        dy = F.pad(dy, (0, 0, cols, 0, rows, 0))
+    # autograd does not reach into registered ops
+    return torch.ops.aten.convolution_backward(
+        dy.permute(0, 3, 1, 2), t.permute(0, 3, 1, 2), weight, None,
+        [at.stride] * 2, _pads(at, t), [1, 1], False, [0, 0], t.shape[3],
+        [of_input, not of_input, False],
+    )  # fmt: skip
+
+
+def forward_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    at: Window,
+    fused: Fused,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the result, its LayerNorm, and means and inverse deviations `(2, B, H, W)`."""
+    y = convolve(x, weight, bias, None, at, fused).contiguous()
+    wide = y.to(accumulation_dtype(y.dtype))
+    variance, mean = torch.var_mean(wide, dim=-1, correction=0)
+    normed = F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps)
+    return y, normed, torch.stack([mean, (variance + eps).rsqrt()])
+
+
+def norm_backward(
+    grad: Tensor, grad_normed: Tensor, y: Tensor, stats: Tensor, norm_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `y`, which `grad` reaches directly too, of the norm's weight and bias."""
+    mean, rstd = stats[..., None]
+    g = grad_normed.to(stats.dtype)
+    hat = (y.to(stats.dtype) - mean) * rstd
+    scaled = g if norm_weight is None else g * norm_weight
+    dy = scaled - scaled.mean(-1, keepdim=True) - hat * (scaled * hat).mean(-1, keepdim=True)
+    dweight, dbias = (g * hat).sum((0, 1, 2)), g.sum((0, 1, 2))
+    return (grad + rstd * dy).to(y.dtype), dweight.to(y.dtype), dbias.to(y.dtype)
