@@ -209,7 +209,7 @@ def _dispatch(
         if not torch.jit.is_tracing():
             _validate(*tensors)
         if reference_in_use():
-            return depthwise_conv_norm_reference(*tensors, eps, residual)
+            return depthwise_conv_norm_reference(*tensors, eps=eps, residual=residual)
         x, weight, bias, norm_weight, norm_bias = tensors
     # through the packet, which torch.fx records; a call of the Python object it would not
     y, normed, _ = torch.ops.backbones.depthwise_conv_norm(
