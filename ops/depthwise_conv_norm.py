@@ -204,13 +204,16 @@ def _dispatch(
     residual: bool,
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(x, torch.fx.Proxy):
-        tensors = cast_all(residual, x, weight, bias, norm_weight, norm_bias)
+        x, weight, bias, norm_weight, norm_bias = cast_all(
+            residual, x, weight, bias, norm_weight, norm_bias
+        )
         # a trace sees sizes as tensors
         if not torch.jit.is_tracing():
-            _validate(*tensors)
+            _validate(x, weight, bias, norm_weight, norm_bias)
         if reference_in_use():
-            return depthwise_conv_norm_reference(*tensors, eps=eps, residual=residual)
-        x, weight, bias, norm_weight, norm_bias = tensors
+            return depthwise_conv_norm_reference(
+                x, weight, bias, norm_weight, norm_bias, eps, residual
+            )
     # through the packet, which torch.fx records; a call of the Python object it would not
     y, normed, _ = torch.ops.backbones.depthwise_conv_norm(
         x, weight, bias, norm_weight, norm_bias, eps, residual

@@ -13,16 +13,22 @@ _CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
+def sigmoid(x):
+    """Logistic function; `tl.sigmoid` is not for the interpreter."""
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
 def activate(x, ACT: tl.constexpr):
     """Apply the activation called `ACT`; "" is none."""
     if ACT == "relu":
         y = tl.where(x > 0, x, 0.0)
     elif ACT == "silu":
-        y = x * tl.sigmoid(x)
+        y = x * sigmoid(x)
     elif ACT == "gelu":
         y = 0.5 * x * (1 + tl.erf(x * _SQRT_HALF))
     elif ACT == "gelu_tanh":
-        y = x * tl.sigmoid(_TANH * x * (1 + _CUBIC * x * x))
+        y = x * sigmoid(_TANH * x * (1 + _CUBIC * x * x))
     else:
         tl.static_assert(ACT == "")
         y = x
@@ -35,12 +41,12 @@ def derivative(x, ACT: tl.constexpr):
     if ACT == "relu":
         slope = tl.where(x > 0, 1.0, 0.0)
     elif ACT == "silu":
-        gate = tl.sigmoid(x)
+        gate = sigmoid(x)
         slope = gate * (1 + x * (1 - gate))
     elif ACT == "gelu":
         slope = 0.5 * (1 + tl.erf(x * _SQRT_HALF)) + x * _DENSITY * tl.exp(-0.5 * x * x)
     else:
         tl.static_assert(ACT == "gelu_tanh")
-        gate = tl.sigmoid(_TANH * x * (1 + _CUBIC * x * x))
+        gate = sigmoid(_TANH * x * (1 + _CUBIC * x * x))
         slope = gate + x * gate * (1 - gate) * _TANH * (1 + 3 * _CUBIC * x * x)
     return slope
