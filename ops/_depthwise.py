@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._common import autocast
 
-SIZES = range(3, 18, 2)
+_LARGEST = 17
 
 
 class Window(NamedTuple):
@@ -72,11 +72,10 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, at: Window) -> No
     if x.ndim != 4:
         raise ValueError(f"x {tuple(x.shape)} must be a map (B, H, W, C)")
     channels = x.shape[3]
-    if at.size not in SIZES or weight.shape != (channels, 1, at.size, at.size):
-        raise ValueError(
-            f"weight {tuple(weight.shape)} must be (C, 1, K, K) with C = {channels} and K odd "
-            "from 3 to 17"
-        )
+    if weight.shape != (channels, 1, at.size, at.size):
+        raise ValueError(f"weight {tuple(weight.shape)} must be (C, 1, K, K) with C = {channels}")
+    if at.size % 2 == 0 or at.size < 3 or at.size > _LARGEST:
+        raise ValueError(f"kernels of {at.size}: they must be odd, from 3 to {_LARGEST}")
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias {tuple(bias.shape)} must be a vector of C = {channels}")
     if at.stride != 1 and (at.stride, at.size) != (2, 3):

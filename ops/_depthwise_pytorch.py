@@ -7,6 +7,8 @@ names.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -146,20 +148,29 @@ def forward_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the result, its LayerNorm, and means and inverse deviations `(2, B, H, W)`."""
     y = convolve(x, weight, bias, None, at, fused).contiguous()
-    wide = y.to(accumulation_dtype(y.dtype))
-    variance, mean = torch.var_mean(wide, dim=-1, correction=0)
-    normed = F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps)
-    return y, normed, torch.stack([mean, (variance + eps).rsqrt()])
+    wide, weight_wide, bias_wide = _wide(y, norm_weight, norm_bias)
+    normed, *stats = torch.native_layer_norm(wide, y.shape[-1:], weight_wide, bias_wide, eps)
+    return y, normed.to(y.dtype), torch.stack(stats).squeeze(-1)
 
 
 def norm_backward(
     grad: Tensor, grad_normed: Tensor, y: Tensor, stats: Tensor, norm_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `y`, which `grad` reaches directly too, of the norm's weight and bias."""
+    """The gradients of `y`, which `grad` reaches directly too, and of the norm's weight and bias.
+
+    The latter are empty for a norm without weight.
+    """
     mean, rstd = stats[..., None]
-    g = grad_normed.to(stats.dtype)
-    hat = (y.to(stats.dtype) - mean) * rstd
-    scaled = g if norm_weight is None else g * norm_weight
-    dy = scaled - scaled.mean(-1, keepdim=True) - hat * (scaled * hat).mean(-1, keepdim=True)
-    dweight, dbias = (g * hat).sum((0, 1, 2)), g.sum((0, 1, 2))
-    return (grad + rstd * dy).to(y.dtype), dweight.to(y.dtype), dbias.to(y.dtype)
+    g, wide, weight = _wide(grad_normed, y, norm_weight)
+    affine = weight is not None
+    dy, *vectors = torch.ops.aten.native_layer_norm_backward(
+        g, wide, y.shape[-1:], mean, rstd, weight, weight, [True, affine, affine]
+    )
+    dweight, dbias = (v.to(y.dtype) if affine else y.new_empty(0) for v in vectors)
+    return (grad + dy).to(y.dtype), dweight, dbias
+
+
+def _wide(y: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """What a LayerNorm takes in the type of its sums; on a GPU it makes them so by itself."""
+    dtype = y.dtype if y.is_cuda else accumulation_dtype(y.dtype)
+    return [t if t is None else t.to(dtype) for t in (y, *tensors)]

@@ -103,7 +103,7 @@ def _(
     norm_weight: Tensor | None,
     kernel: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vector = y.shape[3:]
+    vector = y.shape[3:] if norm_weight is not None else (0,)
     return y.new_empty(y.shape), y.new_empty(vector), y.new_empty(vector)
 
 
@@ -143,6 +143,8 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, *norm: Tensor | No
     for name, vector in zip(("norm_weight", "norm_bias"), norm, strict=True):
         if vector is not None and vector.shape != x.shape[3:]:
             raise ValueError(f"{name} {tuple(vector.shape)} must be a vector of C = {x.shape[3]}")
+    if norm[0] is None and norm[1] is not None:
+        raise ValueError("norm_bias without norm_weight: pass both, or neither")
 
 
 def depthwise_conv_norm(

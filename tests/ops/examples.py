@@ -25,20 +25,29 @@ class Example:
         kind: What tells it from other examples of the op.
         shapes: Shapes of the tensors by name, for a size of the map.
         options: Arguments that are not tensors.
+        variant: What the name of the public function has behind that of the op.
+        kernels: Module of the Triton kernels, if it is not called like the op.
     """
 
     op: str
     kind: str
     shapes: Callable[[Size], dict[str, tuple[int, ...]]]
     options: dict[str, Any]
+    variant: str = ""
+    kernels: str = ""
 
     def __str__(self) -> str:
-        return f"{self.op} {self.kind}".strip()
+        return f"{self.op}{self.variant} {self.kind}".strip()
 
     @property
     def public(self) -> Callable[..., Tensor]:
         """The op as users call it."""
-        return getattr(ops, self.op)
+        return getattr(ops, self.op + self.variant)
+
+    @property
+    def keeps_type(self) -> bool:
+        """Whether it leaves the type of a residual stream alone under autocast."""
+        return self.options.get("residual", False)
 
     def tensors(self, size: Size, dtype: torch.dtype = torch.float64) -> Tensors:
         """Make leaves."""
@@ -50,14 +59,23 @@ class Example:
 
     def __call__(self, tensors: Tensors) -> Tensor:
         """Call the op."""
-        return self.public(**tensors, **self.options)
+        return joined(self.public(**tensors, **self.options))
 
     def reference(self, tensors: Tensors) -> Tensor:
         """Call its reference."""
-        return getattr(ops, f"{self.op}_reference")(**tensors, **self.options)
+        reference = getattr(ops, f"{self.op}{self.variant}_reference")
+        return joined(reference(**tensors, **self.options))
 
     def __hash__(self) -> int:
-        return hash((self.op, self.kind))
+        return hash((self.op, self.variant, self.kind))
+
+
+def joined(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """One map of a result; of two, one a vector for each image perhaps, a sum."""
+    if isinstance(out, Tensor):
+        return out
+    first, second = out
+    return first + 2 * (second if second.ndim == 4 else second[:, None, None])
 
 
 def weight(out: Tensor) -> Tensor:
@@ -76,6 +94,20 @@ def _window(size: Size) -> dict[str, tuple[int, ...]]:
 
 def _large_window(size: Size) -> dict[str, tuple[int, ...]]:
     return {"qkv": (*size, 6), "table": (1, 9, 25)}
+
+
+def _conv(kernel: int, norm: bool = False) -> Callable[[Size], dict[str, tuple[int, ...]]]:
+    def shapes(size: Size) -> dict[str, tuple[int, ...]]:
+        tensors = {"x": (*size, 3), "weight": (3, 1, kernel, kernel), "bias": (3,)}
+        if norm:
+            tensors |= {"norm_weight": (3,), "norm_bias": (3,)}
+        return tensors
+
+    return shapes
+
+
+def _conv_addend(size: Size) -> dict[str, tuple[int, ...]]:
+    return {**_conv(5)(size), "addend": (*size, 3)}
 
 
 EXAMPLES = [
@@ -98,5 +130,23 @@ EXAMPLES = [
         "of values",
         lambda size: {"qkv": (*size, 18)},
         {"num_heads": 2, "mix_values": True},
+    ),
+    Example("depthwise_conv", "", _conv(7), {"act": "gelu"}),
+    Example("depthwise_conv", "with addend", _conv_addend, {}),
+    Example("depthwise_conv", "with residual", _conv(3), {"residual": True, "pre_act": "gelu"}),
+    Example("depthwise_conv", "of large kernels", _conv(13), {}, "_mean"),
+    Example(
+        "depthwise_conv",
+        "of stride 2",
+        _conv(3),
+        {"stride": 2, "same": True, "act": "gelu_tanh"},
+        "_mean",
+    ),
+    Example(
+        "depthwise_conv_norm",
+        "",
+        _conv(3, norm=True),
+        {"residual": True},
+        kernels="depthwise_conv",
     ),
 ]

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import ops
-from tests.ops.examples import EXAMPLES, Example, gradients
+from tests.ops.examples import EXAMPLES, Example, gradients, joined
 
 SIZE = (2, 4, 5)
 
@@ -73,9 +73,10 @@ def test_opcheck(example, layout):
     with Calls() as recorded:
         gradients(example(tensors), tensors)
     names = [str(operator) for operator, _ in recorded.calls]
-    assert names == [f"backbones.{example.op}{part}.default" for part in ("", "_backward")]
-    (forward, arguments), (backward, grad_arguments) = recorded.calls
-    torch.library.opcheck(backward, grad_arguments)
+    assert names[:2] == [f"backbones.{example.op}{part}.default" for part in ("", "_backward")]
+    (forward, arguments), *backward = recorded.calls
+    for operator, grad_arguments in backward:
+        torch.library.opcheck(operator, grad_arguments)
     torch.library.opcheck(forward, arguments)
     leaves = [a.requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
     torch.library.opcheck(forward, leaves)
@@ -122,7 +123,8 @@ def test_export_keeps_one_node(example):
     tensors = {name: t.detach() for name, t in example.tensors(SIZE).items()}
     auto = torch.export.Dim.AUTO
     dynamic = {
-        name: {0: auto, 1: auto, 2: auto} if t.ndim == 4 else None for name, t in tensors.items()
+        name: {0: auto, 1: auto, 2: auto} if t.shape[:3] == SIZE else None
+        for name, t in tensors.items()
     }
     program = torch.export.export(Module(), (tensors,), dynamic_shapes=(dynamic,))
     targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
@@ -137,7 +139,7 @@ def test_scripts_and_traces(example):
     tensors = example.tensors(SIZE)
     expected = example(tensors)
     scripted = torch.jit.script(example.public)
-    assert torch.equal(scripted(**tensors, **example.options), expected)
+    assert torch.equal(joined(scripted(**tensors, **example.options)), expected)
 
     def function(*values: Tensor) -> Tensor:
         return example(dict(zip(tensors, values, strict=True)))
@@ -151,7 +153,7 @@ def test_autocast_computes_in_its_type_and_returns_gradients_in_the_leaves(examp
     tensors = example.tensors((2, 14, 10), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = example(tensors)
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == (torch.float32 if example.keeps_type else torch.bfloat16)
     exact = example(tensors)
     assert (out - exact).norm() / exact.norm() < 2e-2
     assert {g.dtype for g in gradients(out.float(), tensors)} == {torch.float32}
@@ -184,18 +186,17 @@ def test_gradients_are_deterministic_and_outputs_fully_written(example):
 def test_an_empty_batch_passes(example):
     tensors = example.tensors((0, 7, 9))
     out = example(tensors)
-    assert out.shape[:3] == (0, 7, 9)
+    assert out.shape == example.reference(tensors).shape
     assert not any(g.any() for g in gradients(out, tensors))
 
 
 @each_op
 def test_reference_switch_allows_what_ops_do_not(example):
     tensors = example.tensors(SIZE)
-    rest = dict(tensors)
-    qkv = rest.pop("qkv")
+    name, first = next(iter(tensors.items()))
     with ops.use_reference():
         assert ops.reference_in_use()
-        out, _ = torch.func.jvp(lambda t: example({"qkv": t, **rest}), (qkv,), (qkv,))
+        out, _ = torch.func.jvp(lambda t: example({**tensors, name: t}), (first,), (first,))
     assert not ops.reference_in_use()
     close([out], [example(tensors)], 1e-13)
 
@@ -204,7 +205,8 @@ def test_reference_switch_allows_what_ops_do_not(example):
 def test_flops_are_those_of_the_reference(example):
     def count(function) -> int:
         with FlopCounterMode(display=False) as counter:
-            function(example.tensors(SIZE))
+            # with stride 2 the reference computes a row too many of even sizes
+            function(example.tensors((2, 5, 7)))
         return counter.get_total_flops()
 
     assert count(example) == count(example.reference) > 0
@@ -235,9 +237,10 @@ sys.modules["triton"] = None
 from tests.ops.examples import EXAMPLES
 from backbones.ops import _common
 for example in EXAMPLES:
-    assert example(example.tensors((1, 2, 2))).shape[:3] == (1, 2, 2)
+    assert example(example.tensors((1, 2, 2))).isfinite().all()
+    name = example.kernels or example.op
     try:
-        _common.kernels(example.op, torch.zeros(1))
+        _common.kernels(name, torch.zeros(1))
     except RuntimeError as error:
         print(error)
 """
@@ -247,7 +250,10 @@ for example in EXAMPLES:
     lines = run.stdout.splitlines()
     assert len(lines) == len(EXAMPLES), run.stderr
     for example, line in zip(EXAMPLES, lines, strict=True):
-        assert f"{example.op} on a cpu device needs Triton: pip install triton" in line
+        assert (
+            f"{example.kernels or example.op} on a cpu device needs Triton: pip install triton"
+            in line
+        )
 
 
 def test_unknown_value_of_the_environment_variable_is_named():
