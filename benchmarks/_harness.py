@@ -14,26 +14,33 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.peers import PEERS, Outputs, Peer
+from benchmarks.peers import PEERS, Outputs, Peer, outputs
 
 Row = dict[str, Any]
 
-MODES = ("forward", "training")
 # relative to the norm of the reference, which is computed in float32
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 class Ceiling(NamedTuple):
-    """What a device reaches: copied bytes, read and written, and bf16 matrix FLOPs per second."""
+    """What a device reaches in a second.
+
+    Attributes:
+        bytes: Copied, read and written.
+        flops: Of bfloat16 on its matrix units.
+        vector_flops: Of float32 without them.
+    """
 
     bytes: float
     flops: float
+    vector_flops: float
 
 
-# measured by a large copy and an 8192 x 8192 x 8192 product on random data
+# measured by a large copy and an 8192 x 8192 x 8192 product on random data; the last is lanes times
+# clock times two, less a tenth
 CEILINGS = {
-    "NVIDIA H100 80GB HBM3": Ceiling(3.0e12, 798e12),
-    "NVIDIA H200": Ceiling(4.3e12, 790e12),
+    "NVIDIA H100 80GB HBM3": Ceiling(3.0e12, 798e12, 60e12),
+    "NVIDIA H200": Ceiling(4.3e12, 790e12, 60e12),
 }
 
 
@@ -55,6 +62,7 @@ def environment(commit: str | None) -> dict[str, str]:
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     return {
         "device": torch.cuda.get_device_name(),
+        "arch": "sm_{}{}".format(*torch.cuda.get_device_capability()),
         "driver": _output(ask) or "unknown",
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -96,12 +104,13 @@ def measure(case: Case, name: str, device: str) -> list[Row]:
     }
     try:
         peer = PEERS[case.op][name](case, compiler(device))
-        base["difference"] = difference(case, peer, device)
-        if not base["difference"] <= TOLERANCE[case.dtype]:
-            raise ArithmeticError("differs from the reference")
-        for mode in MODES if device == "cuda" or peer.trains_on_cpu else MODES[:1]:
-            base["mode"] = mode
-            rows.append(base | (_time if device == "cuda" else _prove)(case, peer, mode))
+        with peer.scope():
+            base["difference"] = difference(case, peer, device)
+            if not base["difference"] <= TOLERANCE[case.dtype]:
+                raise ArithmeticError("differs from the reference")
+            for mode in case.modes if device == "cuda" or peer.trains_on_cpu else ["forward"]:
+                base["mode"] = mode
+                rows.append(base | (_time if device == "cuda" else _prove)(case, peer, mode))
     # a peer may lack a kernel, run out of memory or not compile; the others go on
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())
@@ -116,12 +125,15 @@ def difference(case: Case, peer: Peer, device: str) -> float:
     tensors = case.tensors(device)
     with torch.no_grad():
         exact = case.function(reference=True)(**{k: t.float() for k, t in tensors.items()})
-        out = peer.to_map(peer.run(*peer.prepare(tensors))[0])
-    return float((out.float() - exact).norm() / exact.norm())
+        outs = [peer.to_map(out) for out in peer.run(*peer.prepare(tensors))]
+    # a peer may have more outputs, which take its time too
+    pairs = zip(outs, outputs(exact), strict=False)
+    return max(float((out.float() - value).norm() / value.norm()) for out, value in pairs)
 
 
-def _step(peer: Peer, arguments: tuple[Tensor, ...], mode: str) -> Callable[[], Any]:
-    """Function without arguments that does a forward pass, or a forward and a backward pass."""
+def _step(case: Case, peer: Peer, arguments: tuple[Tensor, ...], mode: str) -> Callable[[], Any]:
+    """Function without arguments that does what `mode` says."""
+    index = case.modes[mode]
     if mode == "forward":
 
         @torch.no_grad()
@@ -129,19 +141,24 @@ def _step(peer: Peer, arguments: tuple[Tensor, ...], mode: str) -> Callable[[], 
             return peer.run(*arguments)
 
         return forward
-    leaves = tuple(argument.requires_grad_() for argument in arguments)
-    grads = tuple(torch.randn_like(out) for out in peer.run(*leaves))
+    chosen = arguments if index is None else arguments[index : index + 1]
+    leaves = tuple(argument.requires_grad_() for argument in chosen)
+    # of several outputs some may not depend on the one leaf
+    outs = tuple(out for out in peer.run(*arguments) if out.requires_grad)
+    grads = tuple(torch.randn_like(out) for out in outs)
+    if index is not None:
+        return lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
 
     def training() -> Outputs:
-        return torch.autograd.grad(peer.run(*leaves), leaves, grads)
+        return torch.autograd.grad(peer.run(*arguments), leaves, grads)
 
     return training
 
 
 def _prove(case: Case, peer: Peer, mode: str) -> Row:
     """Run once; gradients must be finite."""
-    outputs = _step(peer, peer.prepare(case.tensors("cpu")), mode)()
-    if not all(torch.isfinite(t).all() for t in outputs):
+    results = _step(case, peer, peer.prepare(case.tensors("cpu")), mode)()
+    if not all(torch.isfinite(t).all() for t in results):
         raise ArithmeticError(f"{mode}: not finite")
     return {}
 
@@ -150,17 +167,18 @@ def _time(case: Case, peer: Peer, mode: str) -> Row:
     """Time with inputs that rotate, so that none is in the cache when its turn comes."""
     from triton.testing import do_bench
 
-    floor, device = case.floor(mode == "training"), torch.cuda.get_device_properties()
+    floor, device = case.floor(mode), torch.cuda.get_device_properties()
     copies = min(16, 2 + 2 * device.L2_cache_size // floor.bytes)
     sets = [peer.prepare(case.tensors("cuda", seed)) for seed in range(copies)]
-    steps = [_step(peer, arguments, mode) for arguments in sets]
+    steps = [_step(case, peer, arguments, mode) for arguments in sets]
     peak = _peak(steps[0])
     turns = itertools.cycle(steps)
     p20, median, p80 = do_bench(
         lambda: next(turns)(), warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8]
     )
     limit = ceiling(device.name)
-    bound = max(floor.bytes / limit.bytes, floor.flops / limit.flops)
+    flops = limit.flops if case.on_matrix_units else limit.vector_flops
+    bound = max(floor.bytes / limit.bytes, floor.flops / flops)
     return {
         "median_ms": round(median, 5),
         "p20_ms": round(p20, 5),

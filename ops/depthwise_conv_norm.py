@@ -120,10 +120,12 @@ def _autograd(ctx, grad: Tensor, grad_normed: Tensor, _: Tensor) -> tuple[Tensor
     dy, dnorm_weight, dnorm_bias = _backward(
         grad, grad_normed, y, stats, norm_weight, weight.shape[-1]
     )
-    dx, dweight, dbias = torch.ops.backbones.depthwise_conv_backward(
-        dy, None, x, weight, bias, 1, False, ctx.residual, "", "",
-        need_x, need_weight or need_bias,
-    )  # fmt: skip
+    dx = dweight = dbias = None
+    if need_x or need_weight or need_bias:
+        dx, dweight, dbias = torch.ops.backbones.depthwise_conv_backward(
+            dy, None, x, weight, bias, 1, False, ctx.residual, "", "",
+            need_x, need_weight or need_bias,
+        )  # fmt: skip
     return (
         dx if need_x else None,
         dweight if need_weight else None,

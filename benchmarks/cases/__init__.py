@@ -5,10 +5,22 @@ The ahead-of-time report, the benchmarks and the tests on a GPU share this list.
 800 x 1216.
 """
 
-from . import channel_attention, partial_attention, window_attention
+from . import (
+    channel_attention,
+    depthwise_conv,
+    depthwise_conv_norm,
+    partial_attention,
+    window_attention,
+)
 from ._case import Case, Floor, Tensors
 
-_OPS = (window_attention, channel_attention, partial_attention)
+_OPS = (
+    window_attention,
+    channel_attention,
+    partial_attention,
+    depthwise_conv,
+    depthwise_conv_norm,
+)
 
 
 def all_cases() -> list[Case]:

@@ -24,7 +24,7 @@ Tensors = dict[str, Tensor]
 
 
 class Floor(NamedTuple):
-    """The least that a call can cost: compulsory bytes and the FLOPs of its matrix products."""
+    """The least that a call can cost: compulsory bytes, and FLOPs of products or convolutions."""
 
     bytes: int
     flops: int
@@ -41,6 +41,8 @@ class Case(ABC):
     """
 
     op: ClassVar[str]
+    # what is timed: a number is the tensor whose gradient alone is computed
+    modes: ClassVar[dict[str, int | None]] = {"forward": None, "training": None}
 
     model: str
     image: tuple[int, int]
@@ -65,13 +67,18 @@ class Case(ABC):
     def tensors(self, device: str, seed: int = 0) -> Tensors:
         """Make random inputs; small tables are the same for every seed."""
 
+    @property
+    def on_matrix_units(self) -> bool:
+        """Whether matrix units can do what it computes."""
+        return True
+
     @abstractmethod
-    def function(self, reference: bool = False) -> Callable[..., Tensor]:
+    def function(self, reference: bool = False) -> Callable[..., Any]:
         """Return the public op, or its reference, bound to the options of this case."""
 
     @abstractmethod
-    def floor(self, training: bool) -> Floor:
-        """Count what a forward pass needs, or a forward and a backward pass."""
+    def floor(self, mode: str) -> Floor:
+        """Count what one of `modes` needs; "training" is a forward and a backward pass."""
 
     @abstractmethod
     def launch(self) -> None:

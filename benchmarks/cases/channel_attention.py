@@ -56,13 +56,13 @@ class ChannelCase(Case):
         out, weights = launchers.forward(qkv, *arguments, True)
         launchers.backward(torch.empty_like(out), qkv, weights, *arguments)
 
-    def floor(self, training: bool) -> Floor:
+    def floor(self, mode: str) -> Floor:
         """Count 4 maps of C channels forward (q, k, v, out), 11 with the backward pass.
 
         That reads q, k, v and the gradient once and writes three gradients: 7 more. Two matrix
         products forward, four more backward. Matrices of the heads are left out.
         """
-        maps, products = (11, 6) if training else (4, 2)
+        maps, products = (11, 6) if mode == "training" else (4, 2)
         size = self.pixels * self.channels * self.dtype.itemsize
         return Floor(maps * size, products * 2 * self.pixels * self.channels * HEAD_DIM)
 

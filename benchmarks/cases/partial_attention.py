@@ -47,7 +47,7 @@ class PartialCase(Case):
         grad = torch.empty_like(out)
         launchers.backward(grad, inputs["qkv"], out, lse, self.qk_dim, scale)
 
-    def floor(self, training: bool) -> Floor:
+    def floor(self, mode: str) -> Floor:
         """Count reading qkv and the other channels of x and writing the output.
 
         The backward pass reads the gradient, qkv and the output and writes both gradients; it forms
@@ -55,7 +55,7 @@ class PartialCase(Case):
         """
         packed, tokens = 2 * self.qk_dim + self.values, self.height * self.width
         maps, qk, values = packed + 2 * self.channels - self.values, 1, 1
-        if training:
+        if mode == "training":
             maps, qk, values = maps + 2 * packed + 3 * self.channels, 4, 3
         flops = 2 * self.batch * tokens**2 * (qk * self.qk_dim + values * self.values)
         return Floor(maps * self.pixels * self.dtype.itemsize, flops)

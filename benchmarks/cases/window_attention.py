@@ -93,14 +93,14 @@ class WindowCase(Case):
         out, lse = launchers.forward(qkv, table, pad, windows)
         launchers.backward(torch.empty_like(out), qkv, table, pad, out, lse, windows)
 
-    def floor(self, training: bool) -> Floor:
+    def floor(self, mode: str) -> Floor:
         """Count 4 maps of C channels forward (q, k, v, out), 11 with the backward pass.
 
         That reads q, k, v and the gradient once and writes three gradients: 7 more. Two matrix
         products forward, five more backward. Tables and exponentials are left out; windows count
         whole.
         """
-        maps, products = (11, 7) if training else (4, 2)
+        maps, products = (11, 7) if mode == "training" else (4, 2)
         size = self.pixels * self.channels * self.dtype.itemsize
         flops = 2 * self.windows * prod(self.window) ** 2 * self.channels
         return Floor(maps * size, products * flops)

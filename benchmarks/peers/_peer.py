@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,11 @@ from benchmarks.cases import Case, Tensors
 Outputs = tuple[Tensor, ...]
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 Peers = dict[str, Callable[[Any, Compile], "Peer"]]
+
+
+def outputs(result: Tensor | Outputs) -> Outputs:
+    """The tensors of what an op returns, one or several."""
+    return result if isinstance(result, tuple) else (result,)
 
 
 class Peer:
@@ -29,13 +35,17 @@ class Peer:
         self.function = case.function()
         self.names = list(case.tensors("meta"))
 
+    def scope(self) -> AbstractContextManager[None]:
+        """What everything happens in."""
+        return nullcontext()
+
     def prepare(self, tensors: Tensors) -> tuple[Tensor, ...]:
         """Make the differentiable arguments of `run`; not timed."""
         return tuple(tensors.values())
 
     def run(self, *arguments: Tensor) -> Outputs:
         """Compute what is timed; the first output is the result."""
-        return (self.function(**dict(zip(self.names, arguments, strict=True))),)
+        return outputs(self.function(**dict(zip(self.names, arguments, strict=True))))
 
     def to_map(self, result: Tensor) -> Tensor:
         """Bring the result to the op's form `(B, H, W, C)`, to compare it; not timed."""

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from backbones.ops import _choice
 from benchmarks import _harness, ops
-from benchmarks.cases import all_cases, tiny_cases, window_attention
-from benchmarks.peers import PEERS, Peer
+from benchmarks.cases import all_cases, depthwise_conv, tiny_cases, window_attention
+from benchmarks.peers import PEERS, Peer, outputs
 
 TINY = {f"{case.op}-{case.name}": case for case in tiny_cases()}
 PAIRS = [
@@ -31,7 +32,7 @@ def test_peers_agree_with_the_reference(case, peer):
     if case.op == "window_attention" and peer == "timm" and case.ragged and not case.pad:
         assert "timm takes no map that its windows do not fill" in rows[0]["error"]
         return
-    modes = ["forward"] if peer.startswith("flex") else ["forward", "training"]
+    modes = ["forward"] if peer.startswith("flex") else list(case.modes)
     assert [row.get("mode") for row in rows] == modes, rows
     assert all("error" not in row and row["difference"] < 1e-5 for row in rows)
 
@@ -74,23 +75,42 @@ def test_names_are_unique():
 
 
 @pytest.mark.parametrize(
-    "case", {case.op: case for case in all_cases()}.values(), ids=lambda case: case.op
+    "case",
+    # one of each op; of convolutions also one with an activation behind, which is computed anew
+    [*{case.op: case for case in all_cases()}.values(), depthwise_conv.tiny_cases()[2]],
+    ids=lambda case: f"{case.op}-{case.name}",
 )
 def test_floors_have_the_flops_of_the_op(case):
-    inputs = {name: t.requires_grad_() for name, t in case.tensors("meta").items()}
-    with FlopCounterMode(display=False) as counter:
-        out = case.function()(**inputs)
-        forward = counter.get_total_flops()
-        out.sum().backward()
-    assert case.floor(training=False).flops == forward
-    assert case.floor(training=True).flops == counter.get_total_flops()
+    for mode, index in case.modes.items():
+        inputs = case.tensors("meta")
+        for i, tensor in enumerate(inputs.values()):
+            tensor.requires_grad_(index in (None, i))
+        with FlopCounterMode(display=False) as counter:
+            outs = outputs(case.function()(**inputs))
+            forward = counter.get_total_flops()
+            sum(out.sum() for out in outs).backward()
+        both = counter.get_total_flops()
+        parts = {"forward": forward, "training": both}
+        assert case.floor(mode).flops == parts.get(mode, both - forward), mode
 
 
 def test_floors_have_the_bytes_of_all_maps_once():
     case = window_attention.cases()[0]
     size = 2 * 128 * 56 * 56 * 64
-    assert case.floor(training=False).bytes == 4 * size
-    assert case.floor(training=True).bytes == 11 * size
+    assert case.floor("forward").bytes == 4 * size
+    assert case.floor("training").bytes == 11 * size
+    case = next(c for c in depthwise_conv.cases() if c.part == "lepe" and c.stage == 0)
+    assert [case.floor(mode).bytes for mode in case.modes] == [3 * size, 2 * size, 2 * size]
+
+
+def test_the_implementation_that_a_row_names_is_timed_backward_too(monkeypatch):
+    case = depthwise_conv.tiny_cases()[0]
+    for name, ours in (("backbones", True), ("pytorch", False)):
+        # as on a GPU
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with PEERS[case.op][name](case, torch.compile).scope():
+            assert _choice._forced is ours
+    assert _choice._forced is None
 
 
 @pytest.fixture
@@ -102,7 +122,7 @@ def gpu(monkeypatch, tmp_path):
         times = dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), 0.5)
         row = {"op": case.op, "case": case.name, "dtype": "bfloat16", "peer": peer, **times}
         rest = {"percent_of_floor": 10.0, "bound_us": 50.0, "peak_mib": 1.0}
-        return [{**row, "mode": mode, **rest} for mode in _harness.MODES]
+        return [{**row, "mode": mode, **rest} for mode in case.modes]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ops, "environment", lambda commit: head)
