@@ -15,4 +15,6 @@ tests=$?
 python3 benchmarks/ops.py --write --out "$out" --budget $((540 - SECONDS)) \
     ${COMMIT:+--commit "$COMMIT"} "$@" 2>&1 | tee "$out/gpu_ops.log"
 ops=$?
+# which depthwise convolutions ours are faster for: commit it to ops/ with the results
+python3 benchmarks/depthwise_table.py --results "$out" --table "$out/depthwise_table.json" --write
 exit $((tests ? tests : ops))
