@@ -1,0 +1,201 @@
+"""Launch of the Toeplitz kernels: depthwise convolutions of 11 by 11 taps and more, of stride 1.
+
+The functions are those of `_depthwise_pytorch.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _depthwise_pytorch as pytorch
+from .._depthwise import Fused, Window
+from ._launch import cdiv, input_precision, multiprocessors, rows_contiguous
+from ._toeplitz_kernels import (
+    toeplitz_conv_kernel,
+    toeplitz_expand_kernel,
+    toeplitz_grad_weight_kernel,
+)
+
+BLOCK_M, BLOCK_C = 16, 8
+# fewer rows would read more of their surroundings than of themselves
+_LEAST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Strips of a map that programs go down, BLOCK_M at a time.
+
+    Attributes:
+        cols: Columns of a strip.
+        across: Strips side by side.
+        down: Strips one below the other.
+        rows: Rows of a strip.
+        total: Strips of all images.
+    """
+
+    cols: int
+    across: int
+    down: int
+    rows: int
+    total: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of `BLOCK_M` strips."""
+        return cdiv(self.total, BLOCK_M)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Arguments of the kernels."""
+        return self.across, self.down, self.rows, self.total
+
+
+def columns(kernel: int, dtype: torch.dtype) -> int:
+    """Columns of a strip: the outputs of 17 rows of 16 columns would not fit the registers."""
+    narrow = dtype == torch.float32 or kernel > 15
+    # the matrix units of AMD GPUs take no 8
+    return 8 if narrow and torch.version.hip is None else 16
+
+
+def kernel_rows(kernel: int, dtype: torch.dtype) -> int:
+    """Rows of the kernel whose gradients a program sums."""
+    return cdiv(kernel, 4 if dtype == torch.float32 else 2)
+
+
+def split_map(x: Tensor, cols: int) -> Strips:
+    """Cut a map `(B, H, W, C)` into strips, whole columns of it if these fill the device."""
+    batch, height, width, channels = x.shape
+    across = cdiv(width, cols)
+    programs = cdiv(batch * across, BLOCK_M) * cdiv(channels, BLOCK_C)
+    down = min(cdiv(2 * multiprocessors(x), max(1, programs)), cdiv(height, _LEAST_ROWS))
+    rows = cdiv(height, down)
+    down = cdiv(height, rows)
+    return Strips(cols, across, down, rows, batch * across * down)
+
+
+def split_blocks(x: Tensor, blocks: int, groups: int) -> int:
+    """Parts that the blocks of strips are summed in, for `groups` programs for each channel."""
+    programs = groups * cdiv(x.shape[3], BLOCK_C)
+    return max(1, min(blocks, cdiv(2 * multiprocessors(x), max(1, programs))))
+
+
+def expand(weight: Tensor, cols: int, flip: bool) -> Tensor:
+    """Write kernels `(C, 1, K, K)`, turned around with `flip`, as packed Toeplitz matrices."""
+    channels, kernel = weight.shape[0], weight.shape[-1]
+    padded = cdiv(channels, BLOCK_C) * BLOCK_C
+    matrices = weight.new_empty((padded, kernel, 32 * cols))
+    toeplitz_expand_kernel[(padded, kernel)](
+        weight.contiguous(), matrices, channels, kernel, cols, flip,
+        num_warps=1, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return matrices
+
+
+def _options(x: Tensor) -> dict[str, Any]:
+    return {
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_C": BLOCK_C,
+        "PRECISION": input_precision(x),
+        # a warp has a channel
+        "num_warps": BLOCK_C,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    fused: Fused,
+    flip: bool = False,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    grad: Tensor | None = None,
+    grad_mean: Tensor | None = None,
+    point: Tensor | None = None,
+    mean: bool = False,
+) -> tuple[Tensor, Tensor]:
+    x = rows_contiguous(x)
+    addend, grad, point = (t if t is None else rows_contiguous(t) for t in (addend, grad, point))
+    sides = [t.stride()[:3] for t in (addend, grad, point) if t is not None]
+    assert len(sides) <= 1
+    (batch, height, width, channels), kernel = x.shape, weight.shape[-1]
+    cols = columns(kernel, x.dtype)
+    strips = split_map(x, cols)
+    out = x.new_empty(x.shape)
+    sums = x.new_empty((strips.total, channels), dtype=torch.float32) if mean else None
+    # a strip of all rows has nothing above and below it
+    pad, whole = kernel // 2, strips.down == 1
+    first, end = pad if whole else 0, strips.rows + 2 * pad
+    with torch.cuda.device_of(x):
+        toeplitz_conv_kernel[(cdiv(channels, BLOCK_C), strips.blocks)](
+            x, expand(weight, cols, flip), bias, addend, grad,
+            grad_mean if grad_mean is None else grad_mean.contiguous(), point, out, sums,
+            *x.stride()[:3], *(sides[0] if sides else (0, 0, 0)),
+            height, width, channels, *strips.sizes, first, end - pad if whole else end, end,
+            K=kernel, COLS=cols, RESIDUAL=fused.residual, PRE_ACT=fused.pre_act, ACT=fused.act,
+            **_options(x),
+        )  # fmt: skip
+    if sums is None:
+        return out, x.new_empty(0)
+    means = sums.view(batch, -1, channels).sum(1) / (height * width)
+    return out, means.to(x.dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    at: Window,
+    fused: Fused,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the result `(B, H, W, C)`, and with `mean` its average `(B, C)`, else nothing."""
+    assert at.stride == 1
+    return _convolve(x, weight, fused, bias=bias, addend=addend, mean=mean)
+
+
+def grad_sum(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    at: Window,
+    fused: Fused,
+) -> Tensor:
+    """The gradient `(B, H, W, C)` of what the last activation takes."""
+    if not fused.act:
+        return pytorch.grad_sum(grad, grad_mean, x, weight, bias, at, fused)
+    return _convolve(x, weight, fused, bias=bias, grad=grad, grad_mean=grad_mean)[0]
+
+
+def grad_input(dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused) -> Tensor:
+    """The gradient `(B, H, W, C)` of `x`, from that of `grad_sum`."""
+    turned = Fused(residual=fused.residual, act=fused.pre_act)
+    return _convolve(dy, weight, turned, flip=True, point=x if fused.pre_act else None)[0]
+
+
+def grad_weight(
+    dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `weight` and of the bias `(C,)`, from that of `grad_sum`."""
+    dy, x = rows_contiguous(dy), rows_contiguous(x)
+    channels, kernel, cols = x.shape[3], at.size, 16
+    strips, rows = split_map(x, cols), kernel_rows(kernel, x.dtype)
+    groups = cdiv(kernel, rows)
+    parts = split_blocks(x, strips.blocks, groups)
+    dweight = x.new_empty((parts, channels, kernel, kernel), dtype=torch.float32)
+    dbias = x.new_empty((parts, channels), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        toeplitz_grad_weight_kernel[(cdiv(channels, BLOCK_C), parts, groups)](
+            dy, x, dweight, dbias, *dy.stride()[:3], *x.stride()[:3],
+            x.shape[1], x.shape[2], channels, *strips.sizes,
+            K=kernel, ROWS=rows, COLS=cols, PRE_ACT=fused.pre_act, **_options(x),
+        )  # fmt: skip
+    return dweight.sum(0).view_as(weight).to(weight.dtype), dbias.sum(0).to(dy.dtype)
