@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from timm.layers import (
     GroupNorm1,
     SelectAdaptivePool2d,
-    SqueezeExcite,
     is_exportable,
 )
 from timm.models import checkpoint_seq
@@ -32,7 +31,7 @@ from backbones.pretrained.shvit import WEIGHTS
 from ._backbone import Backbone
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
-from .layers import ConvNorm, NormLinear, Residual
+from .layers import ConvNorm, NormLinear, Residual, SqueezeExcite
 
 __all__ = ["SHViT"]
 
@@ -121,15 +120,20 @@ class Block(nn.Module):
 class PatchMerging(nn.Module):
     """Halve the resolution by an inverted bottleneck with squeeze-excite.
 
+    After `fuse()` the depthwise convolution, its ReLU and the average are one op.
+
     Args:
         dim: Input width.
         out_dim: Output width.
     """
 
+    __constants__ = ("exportable", "fused")
+
     def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden = 4 * dim
+        self.exportable, self.fused = is_exportable(), False
         self.conv1 = ConvNorm(dim, hidden, **dd)
         self.act1 = nn.ReLU()
         self.conv2 = ConvNorm(hidden, hidden, 3, stride=2, groups=hidden, **dd)
@@ -140,8 +144,19 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, dim, H, W)`, return `(B, out_dim, ceil(H / 2), ceil(W / 2))`."""
         x = self.act1(self.conv1(x))
-        x = self.act2(self.conv2(x))
-        return self.conv3(self.se(x))
+        if self.fused and not self.exportable:
+            x = self.se.forward_conv(x, self.conv2.weight, self.conv2.bias, 2, False, "relu")
+        else:
+            x = self.se(self.act2(self.conv2(x)))
+        return self.conv3(x)
+
+    @torch.no_grad()
+    def fuse(self) -> PatchMerging:
+        """Fold the norm into the depthwise convolution; return the block."""
+        if not self.fused:
+            self.conv2 = self.conv2.fuse()
+            self.fused = True
+        return self
 
 
 def _downsample(dim: int, out_dim: int, **dd: Any) -> nn.Sequential:

@@ -7,6 +7,7 @@ from .multi_axis import MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
 from .partition_attention import PartitionAttention, PartitionBlock
 from .position_conv import ConvPositionEncoding
 from .relative_position import RelativePositionBias, RelativePositionBiasTf, RelativePositionMlp
+from .squeeze_excite import SqueezeExcite
 from .strided import PatchConv2d
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "RelativePositionBiasTf",
     "RelativePositionMlp",
     "Residual",
+    "SqueezeExcite",
     "WindowAttention",
 ]

@@ -127,6 +127,9 @@ Attention = WindowAttention | ChannelAttention
 class ConvAttentionBlock(nn.Module):
     """Attention and a feed forward network, each after a position encoding and with a residual.
 
+    The position encodings compute the norms behind them, from parameters of `norm1` and `norm2`:
+    these modules are not called, nor are their hooks.
+
     Args:
         dim: Width of the map.
         attention: Makes the attention: `attention(dim, device=, dtype=)`.
@@ -156,10 +159,10 @@ class ConvAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take and return a map `(B, H, W, dim)`."""
-        x = self.cpe1(x)
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        x = self.cpe2(x)
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x, y = self.cpe1(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+        x = x + self.drop_path1(self.attn(y))
+        x, y = self.cpe2(x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+        return x + self.drop_path2(self.mlp(y))
 
     @torch.no_grad()
     def fuse(self) -> ConvAttentionBlock:

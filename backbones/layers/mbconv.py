@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, DropPath, SqueezeExcite
+from timm.layers import BatchNormAct2d, DropPath, is_exportable
 from torch import Tensor, nn
 
 from .fold import batch_norm_affine, fold_input, fold_output
+from .squeeze_excite import SqueezeExcite
 from .strided import AvgPool2dCeil, StridedConv2d
 
 
@@ -22,8 +23,12 @@ def batch_norm_act(dim: int, tensorflow: bool, act: bool = True, **dd: Any) -> B
         act: Apply the activation.
         **dd: Device and type.
     """
-    layer, eps = ("gelu_tanh", 1e-3) if tensorflow else ("silu", 1e-5)
-    return BatchNormAct2d(dim, eps=eps, apply_act=act, act_layer=layer, **dd)
+    eps = 1e-3 if tensorflow else 1e-5
+    return BatchNormAct2d(dim, eps=eps, apply_act=act, act_layer=_activation(tensorflow), **dd)
+
+
+def _activation(tensorflow: bool) -> str:
+    return "gelu_tanh" if tensorflow else "silu"
 
 
 def strided_conv(
@@ -110,6 +115,8 @@ class MBConv(nn.Module):
     of the map, as TensorFlow's does; timm's TensorFlow models count the zeros that they pad with,
     and its other models have no odd maps.
 
+    After `fuse()` the depthwise convolution, its activation and the average are one op.
+
     Args:
         in_chs: Input channels.
         out_chs: Output channels; equal to `in_chs` with stride 1.
@@ -119,6 +126,8 @@ class MBConv(nn.Module):
         device: Where parameters are made.
         dtype: Their type.
     """
+
+    __constants__ = ("exportable", "fused")
 
     def __init__(
         self,
@@ -134,6 +143,8 @@ class MBConv(nn.Module):
         dd = {"device": device, "dtype": dtype}
         mid_chs = 4 * (out_chs if tensorflow else in_chs)
         squeezed = out_chs // 4 if tensorflow else mid_chs // 16
+        self.exportable, self.fused = is_exportable(), False
+        self.same, self.act = tensorflow and stride == 2, _activation(tensorflow)
         self.shortcut = (
             PoolShortcut(in_chs, out_chs, tensorflow, **dd) if stride == 2 else nn.Identity()
         )
@@ -154,15 +165,20 @@ class MBConv(nn.Module):
         """Take a map `(B, in_chs, H, W)`, return `(B, out_chs, ceil(H / s), ceil(W / s))`."""
         shortcut = self.shortcut(x)
         x = self.norm1(self.conv1_1x1(self.pre_norm(x)))
-        x = self.se(self.norm2(self.conv2_kxk(x)))
+        if self.fused and not self.exportable:
+            conv = self.conv2_kxk
+            x = self.se.forward_conv(x, conv.weight, conv.bias, conv.stride[0], self.same, self.act)
+        else:
+            x = self.se(self.norm2(self.conv2_kxk(x)))
         return self.drop_path(self.conv3_1x1(x)) + shortcut
 
     @torch.no_grad()
     def fuse(self) -> MBConv:
         """Fold the three norms into the convolutions beside them; return the block."""
-        if isinstance(self.norm1, BatchNormAct2d):
+        if not self.fused:
             fold_input(self.conv1_1x1, *batch_norm_affine(self.pre_norm))
             self.pre_norm = nn.Identity()
             self.norm1 = fold_norm_act(self.conv1_1x1, self.norm1)
             self.norm2 = fold_norm_act(self.conv2_kxk, self.norm2)
+            self.fused = True
         return self
