@@ -1,0 +1,352 @@
+"""Launch of the depthwise convolution kernels: tiles, programs, outputs.
+
+The functions are those of `.._depthwise_pytorch`, with the same arguments and results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _depthwise_pytorch as pytorch
+from .._depthwise import Fused, Window
+from . import _depthwise_kernels as rows_kernels
+from . import _depthwise_norm_kernels as norm_kernels
+from . import _depthwise_weight_kernels as weight_kernels
+from . import toeplitz
+from ._launch import cdiv, multiprocessors, next_power_of_2, rows_contiguous
+
+# kernels from this size on are products of matrices
+_MATRICES = 11
+# elements of the widest load, 16 bytes of a 16-bit type
+_ALIGN = 8
+# programs per multiprocessor that are enough, and rows of each that are at least worth the overlap
+_WAVES, _LEAST_ROWS = 4, 4
+# most channels of a pixel that a program normalises
+_MOST_CHANNELS = 2048
+
+
+@dataclass(frozen=True)
+class Strips:
+    """The tiles of a program: strips, channels, columns of a strip.
+
+    Attributes:
+        groups: Strips side by side.
+        block_c: Channels.
+        span: Columns of a strip.
+        num_warps: Of a program.
+    """
+
+    groups: int
+    block_c: int
+    span: int
+    num_warps: int = 4
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments and options."""
+        return {
+            "GROUPS": self.groups,
+            "BLOCK_C": self.block_c,
+            "SPAN": self.span,
+            "num_warps": self.num_warps,
+            "num_stages": 1,
+            "enable_fp_fusion": True,
+        }
+
+
+def channel_block(channels: int) -> int:
+    """Channels of a tile: 64, or 32 where they cover a pixel with fewer to spare."""
+    return min((64, 32), key=lambda block: cdiv(channels, block) * block)
+
+
+def strips_tile(size: int, channels: int, pre_act: str = "") -> Strips:
+    """Tiles of kernels of `size` rows: what leaves taps and sums in the registers.
+
+    Wide strips load, and activate, less twice; 7 columns divide the maps of images of 224 pixels.
+    """
+    of_thread, span = (2, 4) if size <= 5 else (1, 7)
+    if pre_act and size == 3:
+        span = 7
+    block = channel_block(channels)
+    return Strips(4 * 32 * of_thread // block, block, span)
+
+
+def norm_tile(channels: int) -> Strips:
+    """Tiles of 3x3 kernels that hold all `channels` of their pixels."""
+    block = max(32, next_power_of_2(channels))
+    warps = max(4, block // 128)
+    return Strips(warps * 128 // block, block, 2, warps)
+
+
+def pixels_tile(channels: int, wide: bool) -> tuple[int, int, int]:
+    """Pixels, channels and warps of the norm's backward pass; `wide` for float32."""
+    block = max(32, next_power_of_2(channels))
+    warps = max(4, block // 256)
+    return max(1, warps * (128 if wide else 256) // block), block, warps
+
+
+def rows_of(height: int, programs: int, enough: int) -> int:
+    """Rows of a program.
+
+    Args:
+        height: Rows of the map.
+        programs: How many there are if each has all rows.
+        enough: How many fill the device.
+    """
+    chunks = min(cdiv(enough, max(1, programs)), cdiv(height, _LEAST_ROWS))
+    return cdiv(height, chunks)
+
+
+class _Grid:
+    """How a map of `batch` images is shared out to programs."""
+
+    def __init__(
+        self, like: Tensor, height: int, width: int, channels: int, batch: int, tile: Strips
+    ) -> None:
+        self.tile, self.strips = tile, cdiv(width, tile.span)
+        self.problems, self.channel_blocks = batch * self.strips, cdiv(channels, tile.block_c)
+        self.blocks = cdiv(self.problems, tile.groups)
+        self.enough = _WAVES * multiprocessors(like)
+        self.rows = rows_of(height, self.blocks * self.channel_blocks, self.enough)
+        self.chunks = cdiv(height, self.rows)
+
+    @property
+    def programs(self) -> tuple[int, int, int]:
+        """The grid: blocks of strips, blocks of channels, chunks of rows."""
+        return self.blocks, self.channel_blocks, self.chunks
+
+    @property
+    def parts(self) -> int:
+        """Programs that share the strips where each adds up what it serves."""
+        return max(1, min(self.blocks * self.chunks, cdiv(self.enough, self.channel_blocks)))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Strips in all and of an image, rows of a program."""
+        return self.problems, self.strips, self.rows
+
+
+class _Maps:
+    """Maps `(B, H, W, C)`, their strides, and the unit that these are counted in."""
+
+    def __init__(self, channels: int, *maps: Tensor | None) -> None:
+        self.maps = [None if x is None else rows_contiguous(x) for x in maps]
+        strides = [(0, 0, 0) if x is None else x.stride()[:3] for x in self.maps]
+        self.align = gcd(_ALIGN, channels, *(n for each in strides for n in each))
+        self.strides = [stride // self.align for each in strides for stride in each]
+        self.channels = channels // self.align
+
+
+def _taps(weight: Tensor) -> Tensor:
+    # (K * K, C), which programs load without gaps
+    return weight.flatten(1).t().contiguous()
+
+
+def _pads(at: Window, x: Tensor) -> tuple[int, int]:
+    return at.pad(x.shape[1]), at.pad(x.shape[2])
+
+
+def _out_size(at: Window, x: Tensor) -> tuple[int, int]:
+    return at.out(x.shape[1]), at.out(x.shape[2])
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    shift: Tensor | None,
+    at: Window,
+    fused: Fused,
+    job: str,
+    mean: bool = False,
+    flip: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch a convolution; see `_depthwise_kernels.emit_row` for `job`, `other` and `shift`.
+
+    Returns:
+        The map, and with `mean` sums of strips `(B, strips, C)` in float32, else None.
+    """
+    (batch, height, width, channels), (out_h, out_w) = x.shape, _out_size(at, x)
+    grid = _Grid(x, out_h, out_w, channels, batch, strips_tile(at.size, channels, fused.pre_act))
+    maps = _Maps(channels, x, other)
+    out = x.new_empty((batch, out_h, out_w, channels))
+    shape = (batch, grid.chunks * grid.strips, channels)
+    sums = x.new_empty(shape, dtype=torch.float32) if mean else None
+    tensors = (maps.maps[0], _taps(weight), bias, maps.maps[1], shift, out, sums)
+    constants = {
+        "K": at.size, "PRE_ACT": fused.pre_act, "JOB": job, "ACT": fused.act, "ALIGN": maps.align,
+        **grid.tile.constants,
+    }  # fmt: skip
+    with torch.cuda.device_of(x):
+        if at.stride == 1:
+            rows_kernels.depthwise_rows_kernel[grid.programs](
+                *tensors, *maps.strides, height, width, maps.channels, *grid.sizes,
+                FLIP=flip, RESIDUAL=fused.residual, **constants,
+            )  # fmt: skip
+        else:
+            rows_kernels.depthwise_stride_kernel[grid.programs](
+                *tensors, *maps.strides, height, width, out_h, out_w, maps.channels,
+                *_pads(at, x), *grid.sizes, STRIDE=at.stride, **constants,
+            )  # fmt: skip
+    return out, sums
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    at: Window,
+    fused: Fused,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the result `(B, H', W', C)`, and with `mean` its average `(B, C)`, else nothing."""
+    if at.size >= _MATRICES:
+        return toeplitz.forward(x, weight, bias, addend, at, fused, mean)
+    job = "result" if addend is None else "add"
+    y, sums = _convolve(x, weight, bias, addend, None, at, fused, job, mean)
+    if sums is None:
+        return y, y.new_empty(0)
+    return y, (sums.sum(1) / (y.shape[1] * y.shape[2])).to(y.dtype)
+
+
+def grad_sum(
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    at: Window,
+    fused: Fused,
+) -> Tensor:
+    """The gradient `(B, H', W', C)` of what the last activation takes; `grad` itself without."""
+    if not fused.act:
+        return pytorch.grad_sum(grad, grad_mean, x, weight, bias, at, fused)
+    if at.size >= _MATRICES:
+        return toeplitz.grad_sum(grad, grad_mean, x, weight, bias, at, fused)
+    shift = None
+    if grad_mean is not None:
+        shift = grad_mean.float() / (grad.shape[1] * grad.shape[2])
+    return _convolve(x, weight, bias, grad, shift, at, fused, "grad_sum")[0]
+
+
+def grad_input(dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused) -> Tensor:
+    """The gradient `(B, H, W, C)` of `x`, from that of `grad_sum`."""
+    if at.size >= _MATRICES:
+        return toeplitz.grad_input(dy, x, weight, at, fused)
+    job, taken = ("grad_input", x) if fused.pre_act else ("result", None)
+    if at.stride == 1:
+        turned = Fused(fused.residual, "", fused.pre_act)
+        return _convolve(dy, weight, None, taken, None, at, turned, job, flip=True)[0]
+    (batch, height, width, channels), pads = x.shape, _pads(at, x)
+    pairs_h, pairs_w = ((size + pad + 1) // 2 for size, pad in zip(x.shape[1:3], pads, strict=True))
+    grid = _Grid(
+        x, pairs_h, pairs_w, channels, batch, replace(strips_tile(at.size, channels), span=2)
+    )
+    maps = _Maps(channels, dy, taken)
+    out = x.new_empty(x.shape)
+    with torch.cuda.device_of(x):
+        rows_kernels.depthwise_stride_grad_kernel[grid.programs](
+            maps.maps[0], _taps(weight), maps.maps[1], out, *maps.strides,
+            height, width, *dy.shape[1:3], maps.channels, *pads, *grid.sizes,
+            JOB=job, ACT=fused.pre_act, ALIGN=maps.align, **grid.tile.constants,
+        )  # fmt: skip
+    return out
+
+
+def grad_weight(
+    dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `weight` and of the bias `(C,)`, from that of `grad_sum`."""
+    if at.size >= _MATRICES:
+        return toeplitz.grad_weight(dy, x, weight, at, fused)
+    (batch, out_h, out_w, channels), taps = dy.shape, at.size * at.size
+    grid = _Grid(x, out_h, out_w, channels, batch, strips_tile(at.size, channels, fused.pre_act))
+    maps = _Maps(channels, dy, x)
+    partial = x.new_empty((grid.parts, taps + 1, channels), dtype=torch.float32)
+    programs, sizes = (grid.parts, grid.channel_blocks), x.shape[1:3]
+    items = (*grid.sizes, grid.blocks * grid.chunks, grid.chunks)
+    constants = {
+        "K": at.size, "PRE_ACT": fused.pre_act, "ALIGN": maps.align, **grid.tile.constants,
+    }  # fmt: skip
+    with torch.cuda.device_of(x):
+        if at.stride == 1:
+            weight_kernels.depthwise_weight_kernel[programs](
+                *maps.maps, partial, *maps.strides, *sizes, maps.channels, *items, **constants,
+            )  # fmt: skip
+        else:
+            weight_kernels.depthwise_stride_weight_kernel[programs](
+                *maps.maps, partial, *maps.strides, *sizes, out_h, out_w, maps.channels,
+                *_pads(at, x), *items, STRIDE=at.stride, **constants,
+            )  # fmt: skip
+    sums = partial.sum(0).to(weight.dtype)
+    return sums[:taps].t().reshape(weight.shape).contiguous(), sums[taps].clone()
+
+
+def forward_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    at: Window,
+    fused: Fused,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the result, its LayerNorm, and means and inverse deviations `(2, B, H, W)`.
+
+    In one pass for the kernels of 3 and up to 2048 channels that models have; else the norm, which
+    is PyTorch's, is another.
+    """
+    batch, height, width, channels = x.shape
+    stats = x.new_empty((2, batch, height, width), dtype=torch.float32)
+    if at.size != 3 or channels > _MOST_CHANNELS:
+        y = forward(x, weight, bias, None, at, fused, False)[0]
+        variance, mean = torch.var_mean(y.float(), dim=-1, correction=0)
+        torch.stack([mean, (variance + eps).rsqrt()], out=stats)
+        return y, F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps), stats
+    grid = _Grid(x, height, width, channels, batch, norm_tile(channels))
+    maps = _Maps(channels, x)
+    y, normed = x.new_empty(x.shape), x.new_empty(x.shape)
+    with torch.cuda.device_of(x):
+        norm_kernels.depthwise_norm_kernel[grid.blocks, grid.chunks](
+            maps.maps[0], _taps(weight), bias, norm_weight, norm_bias, y, normed, stats,
+            *maps.strides, height, width, maps.channels, *grid.sizes, stats[0].numel(), eps,
+            K=at.size, RESIDUAL=fused.residual, ALIGN=maps.align, **grid.tile.constants,
+        )  # fmt: skip
+    return y, normed, stats
+
+
+def norm_backward(
+    grad: Tensor, grad_normed: Tensor, y: Tensor, stats: Tensor, norm_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `y`, which `grad` reaches directly too, and of the norm's weight and bias.
+
+    The latter are empty for a norm without weight.
+    """
+    batch, height, width, channels = y.shape
+    block_n, block_c, warps = pixels_tile(channels, y.dtype == torch.float32)
+    pixels = batch * height * width
+    parts = max(1, min(cdiv(pixels, block_n), _WAVES * multiprocessors(y)))
+    maps = _Maps(channels, grad, grad_normed)
+    dy = y.new_empty(y.shape)
+    partial = None
+    if norm_weight is not None:
+        partial = y.new_empty((parts, 2, channels), dtype=torch.float32)
+    with torch.cuda.device_of(y):
+        norm_kernels.norm_backward_kernel[parts,](
+            *maps.maps, y, stats, norm_weight, dy, partial, *maps.strides,
+            height, width, maps.channels, pixels, ALIGN=maps.align, BLOCK_N=block_n,
+            BLOCK_C=block_c, num_warps=warps, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    if partial is None:
+        return dy, y.new_empty(0), y.new_empty(0)
+    dweight, dbias = partial.sum(0).to(y.dtype)
+    return dy, dweight.clone(), dbias.clone()
