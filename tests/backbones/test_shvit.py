@@ -79,6 +79,7 @@ def test_size_and_cost(name, parameters, fused_parameters, giga_macs):
     macs = backbones.ops.count_macs(model, model.pretrained_cfg["input_size"])
     assert round(macs / 1e9, 3) == giga_macs
     assert sum(p.numel() for p in model.fuse().parameters()) == fused_parameters
+    assert backbones.ops.count_macs(model, model.pretrained_cfg["input_size"]) == macs
 
 
 def test_fvcore_counts_the_same():
