@@ -77,6 +77,12 @@ def strips_tile(size: int, channels: int, pre_act: str = "") -> Strips:
     return Strips(4 * 32 * of_thread // block, block, span)
 
 
+def weight_tile(size: int, channels: int, pre_act: str) -> Strips:
+    """Tiles of the gradient of the kernels, which also keeps a sum for each tap."""
+    tile = strips_tile(size, channels, pre_act)
+    return replace(tile, span=4) if size > 5 else tile
+
+
 def norm_tile(channels: int) -> Strips:
     """Tiles of 3x3 kernels that hold all `channels` of their pixels."""
     block = max(32, next_power_of_2(channels))
@@ -268,7 +274,7 @@ def grad_weight(
     if at.size >= _MATRICES:
         return toeplitz.grad_weight(dy, x, weight, at, fused)
     (batch, out_h, out_w, channels), taps = dy.shape, at.size * at.size
-    grid = _Grid(x, out_h, out_w, channels, batch, strips_tile(at.size, channels, fused.pre_act))
+    grid = _Grid(x, out_h, out_w, channels, batch, weight_tile(at.size, channels, fused.pre_act))
     maps = _Maps(channels, dy, x)
     partial = x.new_empty((grid.parts, taps + 1, channels), dtype=torch.float32)
     programs, sizes = (grid.parts, grid.channel_blocks), x.shape[1:3]
