@@ -9,7 +9,7 @@ pixel is loaded and activated (SPAN + K - 1) / SPAN times, whatever the kernel.
 Strides, and C, count units of ALIGN elements: so the compiler knows how wide to load.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 import triton
 import triton.language as tl
@@ -19,7 +19,7 @@ from ._activations import activate, derivative
 # one compilation serves all of these
 SIZES = [
     "x_b", "x_y", "x_x", "other_b", "other_y", "other_x", "grad_b", "grad_y", "grad_x",
-    "H", "W", "OUT_H", "OUT_W", "C", "pad_y", "pad_x", "problems", "strips", "rows",
+    "H", "W", "OUT_H", "OUT_W", "C", "pad_y", "pad_x", "problems", "strips", "rows", "chunks",
 ]  # fmt: skip
 
 
@@ -181,10 +181,10 @@ def load_shift(shift, image, inside, c, C, GROUPS: tl.constexpr, BLOCK_C: tl.con
 
 
 @triton.jit
-def store_sums(sums, total, image, strip, strips, inside, c, C):
+def store_sums(sums, total, image, strip, strips, chunks, inside, c, C):
     """Write the sums of strips, `(B, chunks * strips, C)`; not for None."""
     if sums is not None:
-        entry = image * (tl.num_programs(2) * strips) + tl.program_id(2) * strips + strip
+        entry = (image * chunks + tl.program_id(0) % chunks) * strips + strip
         tl.store(sums + entry[:, None] * C + c[None, :], total, mask=inside)
 
 
@@ -209,6 +209,7 @@ def depthwise_rows_kernel(
     problems,
     strips,
     rows,
+    chunks,
     K: tl.constexpr,
     FLIP: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -222,7 +223,7 @@ def depthwise_rows_kernel(
 ):
     PAD: tl.constexpr = K // 2
     SUM: tl.constexpr = sums is not None
-    image, first, exists = locate_strips(tl.program_id(0), problems, strips, GROUPS, SPAN)
+    image, first, exists = locate_strips(tl.program_id(0) // chunks, problems, strips, GROUPS, SPAN)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = exists[:, None] & (c < C * ALIGN)[None, :]
     taps = load_taps(weight, c, C * ALIGN, K, FLIP, RESIDUAL)
@@ -235,7 +236,7 @@ def depthwise_rows_kernel(
         beside = locate_pixels(other, image, first, c, other_b, other_x, ALIGN)
     acc = zeros(K * SPAN, GROUPS, BLOCK_C)
     total = tl.zeros((GROUPS, BLOCK_C), tl.float32)
-    start = tl.program_id(2) * rows
+    start = tl.program_id(0) % chunks * rows
     end = tl.minimum(start + rows, H)
     last = tl.minimum(end + PAD, H)
     for y in range(tl.maximum(start - PAD, 0), last):
@@ -257,7 +258,7 @@ def depthwise_rows_kernel(
                 acc, offset, moved, total, first, inside, W, JOB, ACT, ALIGN, SPAN, SUM,
             )  # fmt: skip
         acc = move_up(acc, K, SPAN)
-    store_sums(sums, total, image, first // SPAN, strips, inside, c, C * ALIGN)
+    store_sums(sums, total, image, first // SPAN, strips, chunks, inside, c, C * ALIGN)
 
 
 @triton.jit
@@ -299,6 +300,7 @@ def depthwise_stride_kernel(
     problems,
     strips,
     rows,
+    chunks,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PRE_ACT: tl.constexpr,
@@ -311,7 +313,7 @@ def depthwise_stride_kernel(
 ):
     SUM: tl.constexpr = sums is not None
     COUNT: tl.constexpr = STRIDE * (SPAN - 1) + K
-    image, first, exists = locate_strips(tl.program_id(0), problems, strips, GROUPS, SPAN)
+    image, first, exists = locate_strips(tl.program_id(0) // chunks, problems, strips, GROUPS, SPAN)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = exists[:, None] & (c < C * ALIGN)[None, :]
     taps = load_taps(weight, c, C * ALIGN, K)
@@ -324,7 +326,7 @@ def depthwise_stride_kernel(
     if other is not None:
         beside = locate_pixels(other, image, first, c, other_b, other_x, ALIGN)
     total = tl.zeros((GROUPS, BLOCK_C), tl.float32)
-    start = tl.program_id(2) * rows
+    start = tl.program_id(0) % chunks * rows
     for out_y in range(start, tl.minimum(start + rows, OUT_H)):
         acc = zeros(SPAN, GROUPS, BLOCK_C)
         for dy in tl.static_range(K):
@@ -337,7 +339,7 @@ def depthwise_stride_kernel(
             beside + offset_of(out_y, other_y, ALIGN), other_x,
             acc, offset, moved, total, first, inside, OUT_W, JOB, ACT, ALIGN, SPAN, SUM,
         )  # fmt: skip
-    store_sums(sums, total, image, first // SPAN, strips, inside, c, C * ALIGN)
+    store_sums(sums, total, image, first // SPAN, strips, chunks, inside, c, C * ALIGN)
 
 
 @triton.jit
@@ -368,6 +370,7 @@ def depthwise_stride_grad_kernel(
     problems,
     strips,
     rows,
+    chunks,
     JOB: tl.constexpr,
     ACT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -379,7 +382,7 @@ def depthwise_stride_grad_kernel(
 
     In a pair of the padded input the first meets the taps 0 and 2, the second tap 1.
     """
-    image, first, exists = locate_strips(tl.program_id(0), problems, strips, GROUPS, SPAN)
+    image, first, exists = locate_strips(tl.program_id(0) // chunks, problems, strips, GROUPS, SPAN)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = exists[:, None] & (c < C * ALIGN)[None, :]
     taps = load_taps(weight, c, C * ALIGN, 3)
@@ -391,7 +394,7 @@ def depthwise_stride_grad_kernel(
     beside = target
     if other is not None:
         beside = locate_pixels(other, image, column, c, other_b, other_x, ALIGN)
-    start = tl.program_id(2) * rows
+    start = tl.program_id(0) % chunks * rows
     for pair in range(start, tl.minimum(start + rows, (H + pad_y + 1) // 2)):
         row = source + offset_of(pair, grad_y, ALIGN)
         width = columns(OUT_W, pair, OUT_H)

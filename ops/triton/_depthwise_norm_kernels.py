@@ -3,7 +3,7 @@
 The convolution is that of `_depthwise_kernels.py`, with tiles that hold all channels of a pixel.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 import triton
 import triton.language as tl
@@ -87,6 +87,7 @@ def depthwise_norm_kernel(
     problems,
     strips,
     rows,
+    chunks,
     all_pixels,
     eps,
     K: tl.constexpr,
@@ -97,7 +98,7 @@ def depthwise_norm_kernel(
     SPAN: tl.constexpr,
 ):
     PAD: tl.constexpr = K // 2
-    image, first, exists = locate_strips(tl.program_id(0), problems, strips, GROUPS, SPAN)
+    image, first, exists = locate_strips(tl.program_id(0) // chunks, problems, strips, GROUPS, SPAN)
     c = tl.arange(0, BLOCK_C)
     inside = exists[:, None] & (c < C * ALIGN)[None, :]
     taps = load_taps(weight, c, C * ALIGN, K, False, RESIDUAL)
@@ -108,7 +109,7 @@ def depthwise_norm_kernel(
     target = locate_pixels(out, image * H, first, c, W * C, C, ALIGN)
     beside = locate_pixels(normed, image * H, first, c, W * C, C, ALIGN)
     acc = zeros(K * SPAN, GROUPS, BLOCK_C)
-    start = tl.program_id(1) * rows
+    start = tl.program_id(0) % chunks * rows
     end = tl.minimum(start + rows, H)
     last = tl.minimum(end + PAD, H)
     for y in range(tl.maximum(start - PAD, 0), last):

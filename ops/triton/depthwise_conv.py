@@ -25,8 +25,10 @@ from ._launch import cdiv, multiprocessors, next_power_of_2, rows_contiguous
 _MATRICES = 11
 # elements of the widest load, 16 bytes of a 16-bit type
 _ALIGN = 8
-# programs per multiprocessor that are enough, and rows of each that are at least worth the overlap
-_WAVES, _LEAST_ROWS = 4, 4
+# rows of a program that are at least worth the overlap
+_LEAST_ROWS = 4
+# programs per multiprocessor that normalise
+_NORMS = 8
 # most channels of a pixel that a program normalises
 _MOST_CHANNELS = 2048
 
@@ -93,8 +95,21 @@ def norm_tile(channels: int) -> Strips:
 def pixels_tile(channels: int, wide: bool) -> tuple[int, int, int]:
     """Pixels, channels and warps of the norm's backward pass; `wide` for float32."""
     block = max(32, next_power_of_2(channels))
-    warps = max(4, block // 256)
+    warps = min(16, max(4, block // 256))
     return max(1, warps * (128 if wide else 256) // block), block, warps
+
+
+def programs_of(size: int) -> int:
+    """Programs per multiprocessor among which rows are split, for kernels of `size` rows.
+
+    Many even out the last that run; but the rows that two of them read cost products too.
+    """
+    return 16 if size == 3 else 4
+
+
+def resident_of(size: int) -> int:
+    """Programs of the gradient of the kernels that run on a multiprocessor at once."""
+    return {3: 4, 5: 3, 7: 3}.get(size, 2)
 
 
 def rows_of(height: int, programs: int, enough: int) -> int:
@@ -109,33 +124,34 @@ def rows_of(height: int, programs: int, enough: int) -> int:
     return cdiv(height, chunks)
 
 
+def parts_of(items: int, enough: int) -> int:
+    """Programs that share `items` evenly, at most `enough`."""
+    return max(1, cdiv(items, max(1, cdiv(items, enough))))
+
+
 class _Grid:
-    """How a map of `batch` images is shared out to programs."""
+    """How a map of `batch` images is shared out to programs, `enough` of which fill the device."""
 
     def __init__(
-        self, like: Tensor, height: int, width: int, channels: int, batch: int, tile: Strips
+        self, size: tuple[int, int], channels: int, batch: int, tile: Strips, enough: int
     ) -> None:
+        height, width = size
         self.tile, self.strips = tile, cdiv(width, tile.span)
         self.problems, self.channel_blocks = batch * self.strips, cdiv(channels, tile.block_c)
-        self.blocks = cdiv(self.problems, tile.groups)
-        self.enough = _WAVES * multiprocessors(like)
-        self.rows = rows_of(height, self.blocks * self.channel_blocks, self.enough)
+        blocks = cdiv(self.problems, tile.groups)
+        self.rows = rows_of(height, blocks * self.channel_blocks, enough)
         self.chunks = cdiv(height, self.rows)
+        self.items = blocks * self.chunks
 
     @property
-    def programs(self) -> tuple[int, int, int]:
-        """The grid: blocks of strips, blocks of channels, chunks of rows."""
-        return self.blocks, self.channel_blocks, self.chunks
+    def programs(self) -> tuple[int, int]:
+        """The grid: chunks of rows of blocks of strips, and blocks of channels."""
+        return self.items, self.channel_blocks
 
     @property
-    def parts(self) -> int:
-        """Programs that share the strips where each adds up what it serves."""
-        return max(1, min(self.blocks * self.chunks, cdiv(self.enough, self.channel_blocks)))
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Strips in all and of an image, rows of a program."""
-        return self.problems, self.strips, self.rows
+    def sizes(self) -> tuple[int, ...]:
+        """Strips in all and of an image, rows of a program, chunks of rows."""
+        return self.problems, self.strips, self.rows, self.chunks
 
 
 class _Maps:
@@ -152,6 +168,10 @@ class _Maps:
 def _taps(weight: Tensor) -> Tensor:
     # (K * K, C), which programs load without gaps
     return weight.flatten(1).t().contiguous()
+
+
+def _vector(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _pads(at: Window, x: Tensor) -> tuple[int, int]:
@@ -180,12 +200,13 @@ def _convolve(
         The map, and with `mean` sums of strips `(B, strips, C)` in float32, else None.
     """
     (batch, height, width, channels), (out_h, out_w) = x.shape, _out_size(at, x)
-    grid = _Grid(x, out_h, out_w, channels, batch, strips_tile(at.size, channels, fused.pre_act))
+    tile, enough = strips_tile(at.size, channels, fused.pre_act), programs_of(at.size)
+    grid = _Grid((out_h, out_w), channels, batch, tile, enough * multiprocessors(x))
     maps = _Maps(channels, x, other)
     out = x.new_empty((batch, out_h, out_w, channels))
     shape = (batch, grid.chunks * grid.strips, channels)
     sums = x.new_empty(shape, dtype=torch.float32) if mean else None
-    tensors = (maps.maps[0], _taps(weight), bias, maps.maps[1], shift, out, sums)
+    tensors = (maps.maps[0], _taps(weight), _vector(bias), maps.maps[1], shift, out, sums)
     constants = {
         "K": at.size, "PRE_ACT": fused.pre_act, "JOB": job, "ACT": fused.act, "ALIGN": maps.align,
         **grid.tile.constants,
@@ -251,18 +272,23 @@ def grad_input(dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused) 
     if at.stride == 1:
         turned = Fused(fused.residual, "", fused.pre_act)
         return _convolve(dy, weight, None, taken, None, at, turned, job, flip=True)[0]
+    return _strided_grad(dy, x, weight, at, fused.pre_act, job, taken)
+
+
+def _strided_grad(
+    dy: Tensor, x: Tensor, weight: Tensor, at: Window, act: str, job: str, taken: Tensor | None
+) -> Tensor:
     (batch, height, width, channels), pads = x.shape, _pads(at, x)
-    pairs_h, pairs_w = ((size + pad + 1) // 2 for size, pad in zip(x.shape[1:3], pads, strict=True))
-    grid = _Grid(
-        x, pairs_h, pairs_w, channels, batch, replace(strips_tile(at.size, channels), span=2)
-    )
+    pairs = (height + pads[0] + 1) // 2, (width + pads[1] + 1) // 2
+    tile, enough = replace(strips_tile(at.size, channels), span=2), programs_of(at.size)
+    grid = _Grid(pairs, channels, batch, tile, enough * multiprocessors(x))
     maps = _Maps(channels, dy, taken)
     out = x.new_empty(x.shape)
     with torch.cuda.device_of(x):
         rows_kernels.depthwise_stride_grad_kernel[grid.programs](
             maps.maps[0], _taps(weight), maps.maps[1], out, *maps.strides,
             height, width, *dy.shape[1:3], maps.channels, *pads, *grid.sizes,
-            JOB=job, ACT=fused.pre_act, ALIGN=maps.align, **grid.tile.constants,
+            JOB=job, ACT=act, ALIGN=maps.align, **grid.tile.constants,
         )  # fmt: skip
     return out
 
@@ -274,11 +300,13 @@ def grad_weight(
     if at.size >= _MATRICES:
         return toeplitz.grad_weight(dy, x, weight, at, fused)
     (batch, out_h, out_w, channels), taps = dy.shape, at.size * at.size
-    grid = _Grid(x, out_h, out_w, channels, batch, weight_tile(at.size, channels, fused.pre_act))
+    tile, enough = weight_tile(at.size, channels, fused.pre_act), resident_of(at.size)
+    enough *= multiprocessors(x)
+    grid = _Grid((out_h, out_w), channels, batch, tile, enough)
+    parts = parts_of(grid.items, cdiv(enough, grid.channel_blocks))
     maps = _Maps(channels, dy, x)
-    partial = x.new_empty((grid.parts, taps + 1, channels), dtype=torch.float32)
-    programs, sizes = (grid.parts, grid.channel_blocks), x.shape[1:3]
-    items = (*grid.sizes, grid.blocks * grid.chunks, grid.chunks)
+    partial = x.new_empty((parts, taps + 1, channels), dtype=torch.float32)
+    programs, sizes, items = (parts, grid.channel_blocks), x.shape[1:3], (*grid.sizes, grid.items)
     constants = {
         "K": at.size, "PRE_ACT": fused.pre_act, "ALIGN": maps.align, **grid.tile.constants,
     }  # fmt: skip
@@ -318,12 +346,14 @@ def forward_norm(
         variance, mean = torch.var_mean(y.float(), dim=-1, correction=0)
         torch.stack([mean, (variance + eps).rsqrt()], out=stats)
         return y, F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps), stats
-    grid = _Grid(x, height, width, channels, batch, norm_tile(channels))
+    enough = programs_of(at.size) * multiprocessors(x)
+    grid = _Grid((height, width), channels, batch, norm_tile(channels), enough)
+    vectors = [_vector(vector) for vector in (bias, norm_weight, norm_bias)]
     maps = _Maps(channels, x)
     y, normed = x.new_empty(x.shape), x.new_empty(x.shape)
     with torch.cuda.device_of(x):
-        norm_kernels.depthwise_norm_kernel[grid.blocks, grid.chunks](
-            maps.maps[0], _taps(weight), bias, norm_weight, norm_bias, y, normed, stats,
+        norm_kernels.depthwise_norm_kernel[grid.items,](
+            maps.maps[0], _taps(weight), *vectors, y, normed, stats,
             *maps.strides, height, width, maps.channels, *grid.sizes, stats[0].numel(), eps,
             K=at.size, RESIDUAL=fused.residual, ALIGN=maps.align, **grid.tile.constants,
         )  # fmt: skip
@@ -340,7 +370,7 @@ def norm_backward(
     batch, height, width, channels = y.shape
     block_n, block_c, warps = pixels_tile(channels, y.dtype == torch.float32)
     pixels = batch * height * width
-    parts = max(1, min(cdiv(pixels, block_n), _WAVES * multiprocessors(y)))
+    parts = parts_of(cdiv(pixels, block_n), _NORMS * multiprocessors(y))
     maps = _Maps(channels, grad, grad_normed)
     dy = y.new_empty(y.shape)
     partial = None
@@ -348,7 +378,7 @@ def norm_backward(
         partial = y.new_empty((parts, 2, channels), dtype=torch.float32)
     with torch.cuda.device_of(y):
         norm_kernels.norm_backward_kernel[parts,](
-            *maps.maps, y, stats, norm_weight, dy, partial, *maps.strides,
+            *maps.maps, y, stats, _vector(norm_weight), dy, partial, *maps.strides,
             height, width, maps.channels, pixels, ALIGN=maps.align, BLOCK_N=block_n,
             BLOCK_C=block_c, num_warps=warps, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip

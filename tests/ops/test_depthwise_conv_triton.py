@@ -317,6 +317,7 @@ def test_rows_are_split_only_where_strips_do_not_fill_the_device(launcher):
     assert launcher.rows_of(56, 1, 500) == 4
     assert launcher.rows_of(3, 1, 500) == 3
     assert launcher.rows_of(56, 0, 500) == 4
+    assert [launcher.parts_of(n, 10) for n in (0, 1, 10, 11, 20, 25)] == [1, 1, 10, 6, 10, 9]
 
 
 @pytest.mark.gpu
