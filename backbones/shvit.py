@@ -136,7 +136,8 @@ class PatchMerging(nn.Module):
         self.exportable, self.fused = is_exportable(), False
         self.conv1 = ConvNorm(dim, hidden, **dd)
         self.act1 = nn.ReLU()
-        self.conv2 = ConvNorm(hidden, hidden, 3, stride=2, groups=hidden, **dd)
+        # a plain convolution after fuse()
+        self.conv2: Any = ConvNorm(hidden, hidden, 3, stride=2, groups=hidden, **dd)
         self.act2 = nn.ReLU()
         self.se = SqueezeExcite(hidden, 0.25, **dd)
         self.conv3 = ConvNorm(hidden, out_dim, **dd)
