@@ -2,15 +2,15 @@
 
 Row `a` of the kernel of a channel, written as a Toeplitz matrix `T_a[j, i] = w[a, j - i]`, takes 32
 pixels of a row of the map to COLS outputs, so that matrix units compute it. A program has BLOCK_M
-strips of COLS columns, of any images and any rows to start with, and BLOCK_C channels, and goes
-down the rows of all its strips at once. The forward kernel reads each row of the map once and adds
+strips of COLS columns, side by side or of any images, and BLOCK_C channels, and goes down the
+rows of all its strips at once. The forward kernel reads each row of the map once and adds
 it to the K rows of outputs that it reaches, K - 1 of which wait in registers; the other kernel
 keeps as many rows of gradients.
 
 Rows of strips are `(BLOCK_M, 32, BLOCK_C)` as they lie in memory, channels first for products.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
 
 import triton
 import triton.language as tl
@@ -18,7 +18,7 @@ import triton.language as tl
 from ._activations import activate, derivative
 
 # one compilation serves all of these
-SIZES = ["H", "W", "strips", "chunks", "rows", "total"]
+SIZES = ["H", "W", "strips", "rows", "total"]
 
 
 @triton.jit
@@ -79,10 +79,10 @@ def load_matrix(matrices, c, a, K: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl
 
 
 @triton.jit
-def locate_strips(block, rows, strips, chunks, COLS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Numbers of the strips of a block, their images, first rows and first columns."""
+def locate_strips(block, strips, COLS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Numbers of the strips of a block, their images and first columns."""
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    return m, m // strips // chunks, m // strips % chunks * rows, m % strips * COLS
+    return m, m // strips, m % strips * COLS
 
 
 @triton.jit
@@ -94,22 +94,26 @@ def locate_pixels(image, col, c, inside, W, C, stride_b, stride_x):
 
 
 @triton.jit
+def is_within(row, low, high):
+    """Whether low <= row < high, to be combined with masks `(M, N, C)`."""
+    # a block, since the interpreter cannot combine a mask with a scalar
+    block = row + tl.zeros((1, 1, 1), tl.int32)
+    return (block >= low) & (block < high)
+
+
+@triton.jit
 def load_row(ptr, offsets, mask, row, low, high, stride_y):
-    """Pixels of rows `(BLOCK_M,)`, zero outside low..high."""
-    inside = mask & ((row >= low) & (row < high))[:, None, None]
-    return tl.load(
-        ptr + offsets + (row.to(tl.int64) * stride_y)[:, None, None], mask=inside, other=0.0
-    )
+    """Pixels of a row, zero outside low..high."""
+    start = ptr + tl.cast(row, tl.int64) * stride_y
+    return tl.load(start + offsets, mask=mask & is_within(row, low, high), other=0.0)
 
 
 @triton.jit
 def before(t, PRE_ACT: tl.constexpr):
     """What is convolved: the activation of a tile, rounded."""
-    if PRE_ACT == "":
-        y = t
-    else:
-        y = activate(t.to(tl.float32), PRE_ACT).to(t.dtype)
-    return y
+    if PRE_ACT != "":
+        t = activate(t.to(tl.float32), PRE_ACT).to(t.dtype)
+    return t
 
 
 @triton.jit
@@ -142,7 +146,7 @@ def behind(
     PRE_ACT: tl.constexpr,
     ACT: tl.constexpr,
 ):
-    """Finish and store the rows `row` of outputs `(BLOCK_C, BLOCK_M, COLS)`; return their sums."""
+    """Finish and store row `row` of outputs `(BLOCK_C, BLOCK_M, COLS)`; return their sums."""
     value = tl.permute(done, (1, 2, 0))
     if bias is not None:
         value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, None, :]
@@ -168,8 +172,8 @@ def behind(
         value = activate(value, ACT)
     rounded = value.to(out.dtype.element_ty)
     offsets, mask = locate_pixels(image, col, c, inside, W, C, tl.cast(H * W, tl.int64) * C, C)
-    mask = mask & ((row >= low) & (row < high))[:, None, None]
-    tl.store(out + offsets + (row.to(tl.int64) * W * C)[:, None, None], rounded, mask=mask)
+    mask = mask & is_within(row, low, high)
+    tl.store(out + tl.cast(row, tl.int64) * W * C + offsets, rounded, mask=mask)
     return tl.sum(tl.where(mask, rounded.to(tl.float32), 0.0), 1)
 
 
@@ -183,7 +187,7 @@ def toeplitz_conv_kernel(
     grad_mean,  # (B, C) or None
     point,  # (B, H, W, C) or None: multiply by the derivative of the activation there
     out,  # (B, H, W, C)
-    sums,  # (strips of all images, C) or None
+    sums,  # (B * strips, chunks, C) or None
     x_b,
     x_y,
     x_x,
@@ -194,7 +198,6 @@ def toeplitz_conv_kernel(
     W,
     C,
     strips,
-    chunks,
     rows,
     total,
     first,
@@ -210,8 +213,9 @@ def toeplitz_conv_kernel(
     PRECISION: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_C
-    m, image, low, left = locate_strips(tl.program_id(1), rows, strips, chunks, COLS, BLOCK_M)
-    inside, high = m < total, tl.minimum(low + rows, H)
+    m, image, left = locate_strips(tl.program_id(1), strips, COLS, BLOCK_M)
+    inside, low = m < total, tl.program_id(2) * rows
+    high = tl.minimum(low + rows, H)
     c = start + tl.arange(0, BLOCK_C)
     col = left[:, None] + tl.arange(0, COLS)[None, :]
     reached = left[:, None] - K // 2 + tl.arange(0, 32)[None, :]
@@ -248,10 +252,11 @@ def toeplitz_conv_kernel(
         waiting = waiting[1:] + (none,)
     if sums is not None:
         known = inside[:, None] & (c < C)[None, :]
-        tl.store(sums + m.to(tl.int64)[:, None] * C + c[None, :], added, mask=known)
+        index = m.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+        tl.store(sums + index[:, None] * C + c[None, :], added, mask=known)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "chunks"])
 def toeplitz_grad_weight_kernel(
     dy,  # (B, H, W, C)
     x,  # (B, H, W, C)
@@ -267,9 +272,9 @@ def toeplitz_grad_weight_kernel(
     W,
     C,
     strips,
-    chunks,
     rows,
     total,
+    chunks,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -283,12 +288,16 @@ def toeplitz_grad_weight_kernel(
     ahead = a - K // 2
     products = ()
     for _ in tl.static_range(ROWS):
-        products = products + (tl.zeros((BLOCK_C, 32, COLS), tl.float32),)
+        products = products + (tl.zeros((BLOCK_C, COLS, 32), tl.float32),)
     added = tl.zeros((BLOCK_M, COLS, BLOCK_C), tl.float32)
-    nothing = tl.zeros((BLOCK_C, BLOCK_M, COLS), dy.dtype.element_ty)
-    for block in range(part, tl.cdiv(total, BLOCK_M), tl.num_programs(1)):
-        m, image, low, left = locate_strips(block, rows, strips, chunks, COLS, BLOCK_M)
-        inside, high = m < total, tl.minimum(low + rows, H)
+    nothing = tl.zeros((BLOCK_C, COLS, BLOCK_M), dy.dtype.element_ty)
+    m = tl.arange(0, BLOCK_M)
+    one = tl.where(m[:, None] == m[None, :], 1.0, 0.0).to(dy.dtype.element_ty)
+    one = tl.broadcast_to(one[None, :, :], (BLOCK_C, BLOCK_M, BLOCK_M))
+    for block in range(part, tl.cdiv(total, BLOCK_M) * chunks, tl.num_programs(1)):
+        m, image, left = locate_strips(block // chunks, strips, COLS, BLOCK_M)
+        inside, low = m < total, block % chunks * rows
+        high = tl.minimum(low + rows, H)
         col = left[:, None] + tl.arange(0, COLS)[None, :]
         reached = left[:, None] - K // 2 + tl.arange(0, 32)[None, :]
         x_offsets, x_mask = locate_pixels(image, reached, c, inside, W, C, x_b, x_x)
@@ -298,22 +307,25 @@ def toeplitz_grad_weight_kernel(
             kept = kept + (nothing,)
         for step in range(0, rows + ROWS - 1):
             strip = load_row(x, x_offsets, x_mask, low + step + ahead, 0, H, x_y)
-            strip = tl.permute(before(strip, PRE_ACT), (2, 1, 0))
+            strip = tl.permute(before(strip, PRE_ACT), (2, 0, 1))
             g = load_row(dy, offsets, mask, low + step, low, high, dy_y)
             added += g.to(tl.float32)
-            kept = (tl.permute(g, (2, 0, 1)),) + kept
+            # results of matrix units are operands as they are; every product would fetch what was
+            # loaded through shared memory
+            g = tl.dot(tl.permute(g, (2, 1, 0)), one, input_precision=PRECISION)
+            kept = (g.to(dy.dtype.element_ty),) + kept
             summed = ()
             for q in tl.static_range(ROWS):
-                summed = summed + (tl.dot(strip, kept[q], products[q], input_precision=PRECISION),)
+                summed = summed + (tl.dot(kept[q], strip, products[q], input_precision=PRECISION),)
             products = summed
             kept = kept[: ROWS - 1]
-    # tap d is the sum of diagonal d, which the shift of every column makes a row
+    # tap d is the sum of diagonal d, which the shift of every row makes a column
     d = tl.arange(0, 32)
-    shifted = tl.minimum(d[None, :, None] + tl.arange(0, COLS)[None, None, :], 31)
-    shifted = tl.broadcast_to(shifted, (BLOCK_C, 32, COLS))
+    shifted = tl.minimum(d[None, None, :] + tl.arange(0, COLS)[None, :, None], 31)
+    shifted = tl.broadcast_to(shifted, (BLOCK_C, COLS, 32))
     base = weights + (tl.cast(part, tl.int64) * C + c) * (K * K)
     for q in tl.static_range(ROWS):
-        taps = tl.sum(tl.gather(products[q], shifted, 1), 2)
+        taps = tl.sum(tl.gather(products[q], shifted, 2), 1)
         mask = (c < C)[:, None] & ((d < K) & (d * 0 + a + q < K))[None, :]
         tl.store(base[:, None] + (a + q) * K + d[None, :], taps, mask=mask)
     vector = tl.sum(tl.sum(added, 1), 0)

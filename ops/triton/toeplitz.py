@@ -20,6 +20,7 @@ from ._toeplitz_kernels import (
     toeplitz_grad_weight_kernel,
 )
 
+# of 8 channels a thread reads and writes 16 bytes; a warp multiplies one
 BLOCK_M, BLOCK_C = 16, 8
 # fewer rows would read more of their surroundings than of themselves
 _LEAST_ROWS = 16
@@ -27,43 +28,46 @@ _LEAST_ROWS = 16
 
 @dataclass(frozen=True)
 class Strips:
-    """Strips of a map that programs go down, BLOCK_M at a time.
+    """Strips of a map that programs go down.
 
     Attributes:
         cols: Columns of a strip.
         across: Strips side by side.
-        down: Strips one below the other.
+        total: Strips of all images side by side.
         rows: Rows of a strip.
-        total: Strips of all images.
+        down: Strips one below the other.
     """
 
     cols: int
     across: int
-    down: int
-    rows: int
     total: int
+    rows: int
+    down: int
 
     @property
     def blocks(self) -> int:
-        """Blocks of `BLOCK_M` strips."""
+        """Programs for the strips side by side."""
         return cdiv(self.total, BLOCK_M)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Arguments of the kernels."""
-        return self.across, self.down, self.rows, self.total
 
-
-def columns(kernel: int, dtype: torch.dtype) -> int:
-    """Columns of a strip: the outputs of 17 rows of 16 columns would not fit the registers."""
-    narrow = dtype == torch.float32 or kernel > 15
+def columns() -> int:
+    """Columns of a strip: with 16, the rows that wait do not fit the registers of NVIDIA GPUs."""
     # the matrix units of AMD GPUs take no 8
-    return 8 if narrow and torch.version.hip is None else 16
+    return 8 if torch.version.hip is None else 16
 
 
 def kernel_rows(kernel: int, dtype: torch.dtype) -> int:
     """Rows of the kernel whose gradients a program sums."""
-    return cdiv(kernel, 4 if dtype == torch.float32 else 2)
+    return cdiv(kernel, 6 if dtype == torch.float32 else 2)
+
+
+def precision(x: Tensor) -> str:
+    """How `tl.dot` is to multiply: float32 as it is, or in six products of bfloat16, as exact.
+
+    Where no matrix unit takes float32, the operands of such dots do not fit the registers.
+    """
+    exact = input_precision(x)
+    return "bf16x6" if x.dtype == torch.float32 and exact == "ieee" and not x.is_cpu else exact
 
 
 def split_map(x: Tensor, cols: int) -> Strips:
@@ -73,8 +77,7 @@ def split_map(x: Tensor, cols: int) -> Strips:
     programs = cdiv(batch * across, BLOCK_M) * cdiv(channels, BLOCK_C)
     down = min(cdiv(2 * multiprocessors(x), max(1, programs)), cdiv(height, _LEAST_ROWS))
     rows = cdiv(height, down)
-    down = cdiv(height, rows)
-    return Strips(cols, across, down, rows, batch * across * down)
+    return Strips(cols, across, batch * across, rows, cdiv(height, rows))
 
 
 def split_blocks(x: Tensor, blocks: int, groups: int) -> int:
@@ -99,8 +102,7 @@ def _options(x: Tensor) -> dict[str, Any]:
     return {
         "BLOCK_M": BLOCK_M,
         "BLOCK_C": BLOCK_C,
-        "PRECISION": input_precision(x),
-        # a warp has a channel
+        "PRECISION": precision(x),
         "num_warps": BLOCK_C,
         "num_stages": 1,
         "enable_fp_fusion": True,
@@ -124,25 +126,26 @@ def _convolve(
     sides = [t.stride()[:3] for t in (addend, grad, point) if t is not None]
     assert len(sides) <= 1
     (batch, height, width, channels), kernel = x.shape, weight.shape[-1]
-    cols = columns(kernel, x.dtype)
+    cols = columns()
     strips = split_map(x, cols)
     out = x.new_empty(x.shape)
-    sums = x.new_empty((strips.total, channels), dtype=torch.float32) if mean else None
+    sums = x.new_empty((strips.total, strips.down, channels), dtype=torch.float32) if mean else None
     # a strip of all rows has nothing above and below it
     pad, whole = kernel // 2, strips.down == 1
     first, end = pad if whole else 0, strips.rows + 2 * pad
     with torch.cuda.device_of(x):
-        toeplitz_conv_kernel[(cdiv(channels, BLOCK_C), strips.blocks)](
+        toeplitz_conv_kernel[(cdiv(channels, BLOCK_C), strips.blocks, strips.down)](
             x, expand(weight, cols, flip), bias, addend, grad,
             grad_mean if grad_mean is None else grad_mean.contiguous(), point, out, sums,
             *x.stride()[:3], *(sides[0] if sides else (0, 0, 0)),
-            height, width, channels, *strips.sizes, first, end - pad if whole else end, end,
+            height, width, channels, strips.across, strips.rows, strips.total,
+            first, end - pad if whole else end, end,
             K=kernel, COLS=cols, RESIDUAL=fused.residual, PRE_ACT=fused.pre_act, ACT=fused.act,
             **_options(x),
         )  # fmt: skip
     if sums is None:
         return out, x.new_empty(0)
-    means = sums.view(batch, -1, channels).sum(1) / (height * width)
+    means = sums.view(batch, strips.across * strips.down, channels).sum(1) / (height * width)
     return out, means.to(x.dtype)
 
 
@@ -189,13 +192,13 @@ def grad_weight(
     channels, kernel, cols = x.shape[3], at.size, 16
     strips, rows = split_map(x, cols), kernel_rows(kernel, x.dtype)
     groups = cdiv(kernel, rows)
-    parts = split_blocks(x, strips.blocks, groups)
+    parts = split_blocks(x, strips.blocks * strips.down, groups)
     dweight = x.new_empty((parts, channels, kernel, kernel), dtype=torch.float32)
     dbias = x.new_empty((parts, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
         toeplitz_grad_weight_kernel[(cdiv(channels, BLOCK_C), parts, groups)](
             dy, x, dweight, dbias, *dy.stride()[:3], *x.stride()[:3],
-            x.shape[1], x.shape[2], channels, *strips.sizes,
+            x.shape[1], x.shape[2], channels, strips.across, strips.rows, strips.total, strips.down,
             K=kernel, ROWS=rows, COLS=cols, PRE_ACT=fused.pre_act, **_options(x),
         )  # fmt: skip
     return dweight.sum(0).view_as(weight).to(weight.dtype), dbias.sum(0).to(dy.dtype)
