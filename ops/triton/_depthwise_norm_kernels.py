@@ -8,7 +8,7 @@ The convolution is that of `_depthwise_kernels.py`, with tiles that hold all cha
 import triton
 import triton.language as tl
 
-from ._depthwise_kernels import (
+from ._strips import (
     SIZES,
     add_row,
     load_span,

@@ -1,7 +1,7 @@
 """Depthwise convolutions that stream rows: the gradient of the kernels.
 
-Strips and tiles are those of `_depthwise_kernels.py`, and so is what a program keeps: there a sum
-for each of K rows of a strip, here the gradients of K rows, and a sum for each tap. Every row of
+Strips and tiles are those of `_strips.py`. A program of `_depthwise_kernels.py` keeps a sum for
+each of K rows of a strip, here the gradients of K rows, and a sum for each tap. Every row of
 the input is loaded once and multiplied with all of them. A program serves the blocks of strips
 part, part + parts, ..., so that few sums are left to be added.
 """
@@ -11,7 +11,7 @@ part, part + parts, ..., so that few sums are left to be added.
 import triton
 import triton.language as tl
 
-from ._depthwise_kernels import (
+from ._strips import (
     SIZES,
     columns,
     load_span,

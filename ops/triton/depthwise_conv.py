@@ -5,9 +5,7 @@ The functions are those of `.._depthwise_pytorch`, with the same arguments and r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import gcd
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,150 +17,25 @@ from . import _depthwise_kernels as rows_kernels
 from . import _depthwise_norm_kernels as norm_kernels
 from . import _depthwise_weight_kernels as weight_kernels
 from . import toeplitz
-from ._launch import cdiv, multiprocessors, next_power_of_2, rows_contiguous
+from ._depthwise_tiles import (
+    Grid,
+    Maps,
+    norm_tile,
+    parts_of,
+    pixels_tile,
+    programs_of,
+    resident_of,
+    strips_tile,
+    weight_tile,
+)
+from ._launch import cdiv, multiprocessors
 
 # kernels from this size on are products of matrices
 _MATRICES = 11
-# elements of the widest load, 16 bytes of a 16-bit type
-_ALIGN = 8
-# rows of a program that are at least worth the overlap
-_LEAST_ROWS = 4
 # programs per multiprocessor that normalise
 _NORMS = 8
 # most channels of a pixel that a program normalises
 _MOST_CHANNELS = 2048
-
-
-@dataclass(frozen=True)
-class Strips:
-    """The tiles of a program: strips, channels, columns of a strip.
-
-    Attributes:
-        groups: Strips side by side.
-        block_c: Channels.
-        span: Columns of a strip.
-        num_warps: Of a program.
-    """
-
-    groups: int
-    block_c: int
-    span: int
-    num_warps: int = 4
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments and options."""
-        return {
-            "GROUPS": self.groups,
-            "BLOCK_C": self.block_c,
-            "SPAN": self.span,
-            "num_warps": self.num_warps,
-            "num_stages": 1,
-            "enable_fp_fusion": True,
-        }
-
-
-def channel_block(channels: int) -> int:
-    """Channels of a tile: 64, or 32 where they cover a pixel with fewer to spare."""
-    return min((64, 32), key=lambda block: cdiv(channels, block) * block)
-
-
-def strips_tile(size: int, channels: int, pre_act: str = "") -> Strips:
-    """Tiles of kernels of `size` rows: what leaves taps and sums in the registers.
-
-    Wide strips load, and activate, less twice; 7 columns divide the maps of images of 224 pixels.
-    """
-    of_thread, span = (2, 4) if size <= 5 else (1, 7)
-    if pre_act and size == 3:
-        span = 7
-    block = channel_block(channels)
-    return Strips(4 * 32 * of_thread // block, block, span)
-
-
-def weight_tile(size: int, channels: int, pre_act: str) -> Strips:
-    """Tiles of the gradient of the kernels, which also keeps a sum for each tap."""
-    tile = strips_tile(size, channels, pre_act)
-    return replace(tile, span=4) if size > 5 else tile
-
-
-def norm_tile(channels: int) -> Strips:
-    """Tiles of 3x3 kernels that hold all `channels` of their pixels."""
-    block = max(32, next_power_of_2(channels))
-    warps = max(4, block // 128)
-    return Strips(warps * 128 // block, block, 2, warps)
-
-
-def pixels_tile(channels: int, wide: bool) -> tuple[int, int, int]:
-    """Pixels, channels and warps of the norm's backward pass; `wide` for float32."""
-    block = max(32, next_power_of_2(channels))
-    warps = min(16, max(4, block // 256))
-    return max(1, warps * (128 if wide else 256) // block), block, warps
-
-
-def programs_of(size: int) -> int:
-    """Programs per multiprocessor among which rows are split, for kernels of `size` rows.
-
-    Many even out the last that run; but the rows that two of them read cost products too.
-    """
-    return 16 if size == 3 else 4
-
-
-def resident_of(size: int) -> int:
-    """Programs of the gradient of the kernels that run on a multiprocessor at once."""
-    return {3: 4, 5: 3, 7: 3}.get(size, 2)
-
-
-def rows_of(height: int, programs: int, enough: int) -> int:
-    """Rows of a program.
-
-    Args:
-        height: Rows of the map.
-        programs: How many there are if each has all rows.
-        enough: How many fill the device.
-    """
-    chunks = min(cdiv(enough, max(1, programs)), cdiv(height, _LEAST_ROWS))
-    return cdiv(height, chunks)
-
-
-def parts_of(items: int, enough: int) -> int:
-    """Programs that share `items` evenly, at most `enough`."""
-    return max(1, cdiv(items, max(1, cdiv(items, enough))))
-
-
-class _Grid:
-    """How a map of `batch` images is shared out to programs, `enough` of which fill the device."""
-
-    def __init__(
-        self, size: tuple[int, int], channels: int, batch: int, tile: Strips, enough: int
-    ) -> None:
-        height, width = size
-        self.tile, self.strips = tile, cdiv(width, tile.span)
-        self.problems, self.channel_blocks = batch * self.strips, cdiv(channels, tile.block_c)
-        blocks = cdiv(self.problems, tile.groups)
-        self.rows = rows_of(height, blocks * self.channel_blocks, enough)
-        self.chunks = cdiv(height, self.rows)
-        self.items = blocks * self.chunks
-
-    @property
-    def programs(self) -> tuple[int, int]:
-        """The grid: chunks of rows of blocks of strips, and blocks of channels."""
-        return self.items, self.channel_blocks
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Strips in all and of an image, rows of a program, chunks of rows."""
-        return self.problems, self.strips, self.rows, self.chunks
-
-
-class _Maps:
-    """Maps `(B, H, W, C)`, their strides, and the unit that these are counted in."""
-
-    def __init__(self, channels: int, *maps: Tensor | None) -> None:
-        self.maps = [None if x is None else rows_contiguous(x) for x in maps]
-        strides = [(0, 0, 0) if x is None else x.stride()[:3] for x in self.maps]
-        self.align = gcd(_ALIGN, channels, *(n for each in strides for n in each))
-        self.strides = [stride // self.align for each in strides for stride in each]
-        self.channels = channels // self.align
 
 
 def _taps(weight: Tensor) -> Tensor:
@@ -194,15 +67,15 @@ def _convolve(
     mean: bool = False,
     flip: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch a convolution; see `_depthwise_kernels.emit_row` for `job`, `other` and `shift`.
+    """Launch a convolution; see `_strips.emit_row` for `job`, `other` and `shift`.
 
     Returns:
         The map, and with `mean` sums of strips `(B, strips, C)` in float32, else None.
     """
     (batch, height, width, channels), (out_h, out_w) = x.shape, _out_size(at, x)
     tile, enough = strips_tile(at.size, channels, fused.pre_act), programs_of(at.size)
-    grid = _Grid((out_h, out_w), channels, batch, tile, enough * multiprocessors(x))
-    maps = _Maps(channels, x, other)
+    grid = Grid((out_h, out_w), channels, batch, tile, enough * multiprocessors(x))
+    maps = Maps(channels, x, other)
     out = x.new_empty((batch, out_h, out_w, channels))
     shape = (batch, grid.chunks * grid.strips, channels)
     sums = x.new_empty(shape, dtype=torch.float32) if mean else None
@@ -281,8 +154,8 @@ def _strided_grad(
     (batch, height, width, channels), pads = x.shape, _pads(at, x)
     pairs = (height + pads[0] + 1) // 2, (width + pads[1] + 1) // 2
     tile, enough = replace(strips_tile(at.size, channels), span=2), programs_of(at.size)
-    grid = _Grid(pairs, channels, batch, tile, enough * multiprocessors(x))
-    maps = _Maps(channels, dy, taken)
+    grid = Grid(pairs, channels, batch, tile, enough * multiprocessors(x))
+    maps = Maps(channels, dy, taken)
     out = x.new_empty(x.shape)
     with torch.cuda.device_of(x):
         rows_kernels.depthwise_stride_grad_kernel[grid.programs](
@@ -302,9 +175,9 @@ def grad_weight(
     (batch, out_h, out_w, channels), taps = dy.shape, at.size * at.size
     tile, enough = weight_tile(at.size, channels, fused.pre_act), resident_of(at.size)
     enough *= multiprocessors(x)
-    grid = _Grid((out_h, out_w), channels, batch, tile, enough)
+    grid = Grid((out_h, out_w), channels, batch, tile, enough)
     parts = parts_of(grid.items, cdiv(enough, grid.channel_blocks))
-    maps = _Maps(channels, dy, x)
+    maps = Maps(channels, dy, x)
     partial = x.new_empty((parts, taps + 1, channels), dtype=torch.float32)
     programs, sizes, items = (parts, grid.channel_blocks), x.shape[1:3], (*grid.sizes, grid.items)
     constants = {
@@ -347,9 +220,9 @@ def forward_norm(
         torch.stack([mean, (variance + eps).rsqrt()], out=stats)
         return y, F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps), stats
     enough = programs_of(at.size) * multiprocessors(x)
-    grid = _Grid((height, width), channels, batch, norm_tile(channels), enough)
+    grid = Grid((height, width), channels, batch, norm_tile(channels), enough)
     vectors = [_vector(vector) for vector in (bias, norm_weight, norm_bias)]
-    maps = _Maps(channels, x)
+    maps = Maps(channels, x)
     y, normed = x.new_empty(x.shape), x.new_empty(x.shape)
     with torch.cuda.device_of(x):
         norm_kernels.depthwise_norm_kernel[grid.items,](
@@ -371,7 +244,7 @@ def norm_backward(
     block_n, block_c, warps = pixels_tile(channels, y.dtype == torch.float32)
     pixels = batch * height * width
     parts = parts_of(cdiv(pixels, block_n), _NORMS * multiprocessors(y))
-    maps = _Maps(channels, grad, grad_normed)
+    maps = Maps(channels, grad, grad_normed)
     dy = y.new_empty(y.shape)
     partial = None
     if norm_weight is not None:

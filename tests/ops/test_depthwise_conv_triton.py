@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backbones.ops import _choice, depthwise_conv, depthwise_conv_mean, depthwise_conv_norm
+from backbones.ops.triton import _depthwise_tiles as tiles
 from tests.support import golden
 from tests.support.kernels import (
     DEVICE,
@@ -295,29 +296,27 @@ def test_compiles_whole():
         assert all(torch.equal(a, b) for a, b in compared)
 
 
-@needs_interpreter
-def test_tiles(launcher):
-    assert [launcher.channel_block(n) for n in (1, 56, 64, 80, 96, 192)] == [32, 64, 64, 32, 32, 64]
+def test_tiles():
+    assert [tiles.channel_block(n) for n in (1, 56, 64, 80, 96, 192)] == [32, 64, 64, 32, 32, 64]
     for size in (3, 5, 7, 9):
-        tile = launcher.strips_tile(size, 64)
+        tile = tiles.strips_tile(size, 64)
         # a thread has a channel, or two side by side
         assert tile.groups * tile.block_c == tile.num_warps * 32 * (2 if size < 7 else 1)
-    assert launcher.strips_tile(3, 64, "gelu").span > launcher.strips_tile(3, 64).span
+    assert tiles.strips_tile(3, 64, "gelu").span > tiles.strips_tile(3, 64).span
     for channels in (1, 96, 100, 384, 1024, 2048):
-        tile = launcher.norm_tile(channels)
+        tile = tiles.norm_tile(channels)
         assert tile.block_c >= channels and tile.groups * tile.block_c == 128 * tile.num_warps
-        pixels, block, _ = launcher.pixels_tile(channels, False)
+        pixels, block, _ = tiles.pixels_tile(channels, False)
         assert block >= channels and pixels >= 1
 
 
-@needs_interpreter
-def test_rows_are_split_only_where_strips_do_not_fill_the_device(launcher):
-    assert launcher.rows_of(56, 1000, 500) == 56
-    assert launcher.rows_of(56, 250, 500) == 28
-    assert launcher.rows_of(56, 1, 500) == 4
-    assert launcher.rows_of(3, 1, 500) == 3
-    assert launcher.rows_of(56, 0, 500) == 4
-    assert [launcher.parts_of(n, 10) for n in (0, 1, 10, 11, 20, 25)] == [1, 1, 10, 6, 10, 9]
+def test_rows_are_split_only_where_strips_do_not_fill_the_device():
+    assert tiles.rows_of(56, 1000, 500) == 56
+    assert tiles.rows_of(56, 250, 500) == 28
+    assert tiles.rows_of(56, 1, 500) == 4
+    assert tiles.rows_of(3, 1, 500) == 3
+    assert tiles.rows_of(56, 0, 500) == 4
+    assert [tiles.parts_of(n, 10) for n in (0, 1, 10, 11, 20, 25)] == [1, 1, 10, 6, 10, 9]
 
 
 @pytest.mark.gpu
