@@ -42,17 +42,19 @@ def toeplitz_expand_kernel(
     C,
     K: tl.constexpr,
     COLS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     FLIP: tl.constexpr,
 ):
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     e, a = tl.arange(0, 32 * COLS), tl.program_id(1)
-    c = tl.zeros_like(e).to(tl.int64) + tl.program_id(0)
     j, i = packed_row(e, matrices.dtype.element_ty == tl.float32, COLS)
     tap = a * K + j - i
     if FLIP:
         tap = K * K - 1 - tap
-    mask = (j >= i) & (j - i < K) & (c < C)
-    values = tl.load(weight + c * (K * K) + tap, mask=mask, other=0.0)
-    tl.store(matrices + (c * K + a) * (32 * COLS) + e, values)
+    mask = ((j >= i) & (j - i < K))[None, :] & (c < C)[:, None]
+    values = tl.load(weight + c[:, None] * (K * K) + tap[None, :], mask=mask, other=0.0)
+    # behind the last channel zeros, which `load_matrix` reads
+    tl.store(matrices + ((c * K + a) * (32 * COLS))[:, None] + e[None, :], values)
 
 
 @triton.jit

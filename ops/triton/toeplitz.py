@@ -89,11 +89,11 @@ def split_blocks(x: Tensor, blocks: int, groups: int) -> int:
 def expand(weight: Tensor, cols: int, flip: bool) -> Tensor:
     """Write kernels `(C, 1, K, K)`, turned around with `flip`, as packed Toeplitz matrices."""
     channels, kernel = weight.shape[0], weight.shape[-1]
-    padded = cdiv(channels, BLOCK_C) * BLOCK_C
-    matrices = weight.new_empty((padded, kernel, 32 * cols))
-    toeplitz_expand_kernel[(padded, kernel)](
-        weight.contiguous(), matrices, channels, kernel, cols, flip,
-        num_warps=1, num_stages=1, enable_fp_fusion=True,
+    blocks = cdiv(channels, BLOCK_C)
+    matrices = weight.new_empty((blocks * BLOCK_C, kernel, 32 * cols))
+    toeplitz_expand_kernel[(blocks, kernel)](
+        weight.contiguous(), matrices, channels, kernel, cols, BLOCK_C, flip,
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return matrices
 
@@ -122,7 +122,9 @@ def _convolve(
     mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
     x = rows_contiguous(x)
-    addend, grad, point = (t if t is None else rows_contiguous(t) for t in (addend, grad, point))
+    bias, addend, grad, point = (
+        t if t is None else rows_contiguous(t) for t in (bias, addend, grad, point)
+    )
     sides = [t.stride()[:3] for t in (addend, grad, point) if t is not None]
     assert len(sides) <= 1
     (batch, height, width, channels), kernel = x.shape, weight.shape[-1]
