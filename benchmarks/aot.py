@@ -59,8 +59,6 @@ def record_units(targets: Sequence[str], quick: bool) -> list[Unit]:
         targets: Names of the GPUs to compile for.
         quick: Keep the first launch of each form of each kernel only.
     """
-    import torch
-
     from benchmarks._launches import TARGETS, record
     from benchmarks.cases import all_cases
 
@@ -71,7 +69,7 @@ def record_units(targets: Sequence[str], quick: bool) -> list[Unit]:
         case = cases.pop(0)
         launches = record(case.launch)
         if not quick and {launch.name for launch in launches} - kernels:
-            cases += [replace(case, dtype=dtype) for dtype in (torch.float16, torch.float32)]
+            cases += [replace(case, dtype=dtype) for dtype in case.other_types]
         for launch in launches:
             if quick and launch.form in forms:
                 continue

@@ -22,6 +22,8 @@ from . import _depthwise_pytorch
 from ._common import kernels
 
 TABLE = Path(__file__).with_name("depthwise_table.json")
+# kernels from this size on are ours on matrix units
+MATRICES = 11
 _forced: bool | None = None
 
 
@@ -96,8 +98,9 @@ def forced(ours: bool) -> Iterator[None]:
 
 
 def _chosen(part: str, x: Tensor, kernel: int, stride: int) -> bool:
-    # the matrix units that Triton reaches have no float64 on most devices
-    if x.dtype == torch.float64:
+    # the matrix units that Triton reaches have no float64 on most devices, and take float32 in so
+    # many products that large kernels of it spill their registers
+    if x.dtype == torch.float64 or (x.dtype == torch.float32 and kernel >= MATRICES):
         return False
     if _forced is not None:
         return _forced

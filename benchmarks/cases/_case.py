@@ -68,6 +68,11 @@ class Case(ABC):
         """Make random inputs; small tables are the same for every seed."""
 
     @property
+    def other_types(self) -> tuple[torch.dtype, ...]:
+        """Types beside bfloat16 that our kernels compute it in."""
+        return torch.float16, torch.float32
+
+    @property
     def on_matrix_units(self) -> bool:
         """Whether matrix units can do what it computes."""
         return True

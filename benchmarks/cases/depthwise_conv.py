@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from backbones.ops._choice import MATRICES
+
 from ._case import BATCHES, DETECTION, Case, Floor, Tensors, normal, tiny
 
 
@@ -47,9 +49,14 @@ class ConvCase(Case):
         return f"{super().name}.{self.part}{self.kernel}x{self.kernel}"
 
     @property
+    def other_types(self) -> tuple[torch.dtype, ...]:
+        """Types beside bfloat16 that our kernels compute it in."""
+        return (torch.float16,) if self.on_matrix_units else super().other_types
+
+    @property
     def on_matrix_units(self) -> bool:
         """Whether matrix units can do what it computes."""
-        return self.kernel >= 11
+        return self.kernel >= MATRICES
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:

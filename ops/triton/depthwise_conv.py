@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _depthwise_pytorch as pytorch
+from .._choice import MATRICES
 from .._depthwise import Fused, Window
 from . import _depthwise_kernels as rows_kernels
 from . import _depthwise_norm_kernels as norm_kernels
@@ -30,8 +31,6 @@ from ._depthwise_tiles import (
 )
 from ._launch import cdiv, multiprocessors
 
-# kernels from this size on are products of matrices
-_MATRICES = 11
 # programs per multiprocessor that normalise
 _NORMS = 8
 # most channels of a pixel that a program normalises
@@ -108,7 +107,7 @@ def forward(
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute the result `(B, H', W', C)`, and with `mean` its average `(B, C)`, else nothing."""
-    if at.size >= _MATRICES:
+    if at.size >= MATRICES:
         return toeplitz.forward(x, weight, bias, addend, at, fused, mean)
     job = "result" if addend is None else "add"
     y, sums = _convolve(x, weight, bias, addend, None, at, fused, job, mean)
@@ -129,7 +128,7 @@ def grad_sum(
     """The gradient `(B, H', W', C)` of what the last activation takes; `grad` itself without."""
     if not fused.act:
         return pytorch.grad_sum(grad, grad_mean, x, weight, bias, at, fused)
-    if at.size >= _MATRICES:
+    if at.size >= MATRICES:
         return toeplitz.grad_sum(grad, grad_mean, x, weight, bias, at, fused)
     shift = None
     if grad_mean is not None:
@@ -139,7 +138,7 @@ def grad_sum(
 
 def grad_input(dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused) -> Tensor:
     """The gradient `(B, H, W, C)` of `x`, from that of `grad_sum`."""
-    if at.size >= _MATRICES:
+    if at.size >= MATRICES:
         return toeplitz.grad_input(dy, x, weight, at, fused)
     job, taken = ("grad_input", x) if fused.pre_act else ("result", None)
     if at.stride == 1:
@@ -170,7 +169,7 @@ def grad_weight(
     dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `weight` and of the bias `(C,)`, from that of `grad_sum`."""
-    if at.size >= _MATRICES:
+    if at.size >= MATRICES:
         return toeplitz.grad_weight(dy, x, weight, at, fused)
     (batch, out_h, out_w, channels), taps = dy.shape, at.size * at.size
     tile, enough = weight_tile(at.size, channels, fused.pre_act), resident_of(at.size)

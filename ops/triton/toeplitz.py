@@ -1,6 +1,7 @@
 """Launch of the Toeplitz kernels: depthwise convolutions of 11 by 11 taps and more, of stride 1.
 
-The functions are those of `_depthwise_pytorch.py`.
+The functions are those of `_depthwise_pytorch.py`. float32 is as exact as elsewhere, but spills:
+`_choice.py` leaves it to PyTorch.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_the_table_is_well_formed():
     assert ("No GPU has been measured" in text["note"]) == (not text["archs"])
 
 
-def test_pytorch_computes_on_the_cpu_and_in_float64():
+def test_pytorch_computes_on_the_cpu_and_in_wide_types():
     x = torch.zeros(1, 2, 2, 3)
     assert _choice.implementation("forward", x, 3, 1) is _depthwise_pytorch
     with _choice.forced(True):
@@ -71,6 +71,8 @@ def test_pytorch_computes_on_the_cpu_and_in_float64():
         ours = _choice.implementation("forward", x, 3, 1)
         with _choice.forced(False):
             assert _choice.implementation("forward", x, 3, 1) is _depthwise_pytorch
+        assert _choice.implementation("forward", x, 13, 1) is _depthwise_pytorch
+        assert _choice.implementation("forward", x.half(), 13, 1) is ours
     assert ours.__name__ == "backbones.ops.triton.depthwise_conv"
 
 
