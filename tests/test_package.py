@@ -9,6 +9,8 @@ USE = """
 import backbones, timm, sys
 from pathlib import Path
 import backbones.ops, backbones.pretrained, backbones.training
+from backbones.ops import _choice
+_choice.read_table()
 home = Path(sys.argv[1])
 for module in (backbones, backbones.ops, backbones.pretrained, backbones.training):
     assert home in Path(module.__file__).parents, module.__file__
