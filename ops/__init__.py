@@ -1,4 +1,4 @@
-"""Fused attention ops on channels-last maps, each with a plain PyTorch reference.
+"""Fused attention and convolution on channels-last maps, each with a plain PyTorch reference.
 
 Every op is one function, registered with `torch.library`: it works in eager mode, under autocast,
 `torch.compile(fullgraph=True)`, `torch.export` and FLOP counters. `BACKBONES_OPS=reference`, or

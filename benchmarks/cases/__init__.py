@@ -24,7 +24,10 @@ _OPS = (
 
 
 def all_cases() -> list[Case]:
-    """List every call, in bfloat16; large early stages of common sizes first."""
+    """List every call, in bfloat16 but for a stream that autocast leaves in float32.
+
+    Large early stages of common sizes come first.
+    """
     return [case for op in _OPS for case in op.cases()]
 
 

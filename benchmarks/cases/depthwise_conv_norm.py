@@ -73,9 +73,14 @@ class NormCase(Case):
 
 
 def cases() -> list[NormCase]:
-    """List the calls of `depthwise_conv_norm` by DaViT; other families have the same widths."""
+    """List the calls of `depthwise_conv_norm` by DaViT; other families have the same widths.
+
+    Under autocast its first stage adds to the result of a LayerNorm, which is float32.
+    """
+    autocast = next(four_stages("davit_tiny autocast", (224, 224), 96))
     return [
         *(NormCase(**stage) for stage in four_stages("davit_tiny", (224, 224), 96)),
+        NormCase(**autocast, dtype=torch.float32),
         *(NormCase(**stage) for stage in four_stages("davit_giant", (224, 224), 384)),
         *(NormCase(**stage) for stage in four_stages("davit_tiny", DETECTION, 96)),
     ]
