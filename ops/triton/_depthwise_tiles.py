@@ -65,7 +65,7 @@ def strips_tile(size: int, channels: int, pre_act: str = "") -> Strips:
 def weight_tile(size: int, channels: int, pre_act: str) -> Strips:
     """Tiles of the gradient of the kernels, which also keeps a sum for each tap."""
     tile = strips_tile(size, channels, pre_act)
-    return replace(tile, span={7: 3, 9: 4}.get(size, tile.span))
+    return replace(tile, span={5: 5, 7: 5, 9: 4}.get(size, tile.span))
 
 
 def norm_tile(channels: int) -> Strips:

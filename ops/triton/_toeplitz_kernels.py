@@ -8,6 +8,7 @@ it to the K rows of outputs that it reaches, K - 1 of which wait in registers; t
 keeps as many rows of gradients.
 
 Rows of strips are `(BLOCK_M, 32, BLOCK_C)` as they lie in memory, channels first for products.
+Strides, and C, count units of ALIGN elements: so the compiler knows how wide to load.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment, misc"
@@ -78,6 +79,13 @@ def load_matrix(matrices, c, a, K: tl.constexpr, COLS: tl.constexpr, BLOCK_C: tl
         t = tl.reshape(t, (COLS // 8, BLOCK_C, 8, 4, 2, 2, 2))
         t = tl.permute(t, (1, 4, 5, 3, 6, 0, 2))
     return tl.reshape(t, (BLOCK_C, 32, COLS))
+
+
+@triton.jit
+def in_elements(stride_b, stride_y, stride_x, ALIGN: tl.constexpr):
+    """Strides in elements, from units of ALIGN."""
+    b, y, x = tl.cast(stride_b, tl.int64), tl.cast(stride_y, tl.int64), tl.cast(stride_x, tl.int64)
+    return b * ALIGN, y * ALIGN, x * ALIGN
 
 
 @triton.jit
@@ -213,7 +221,11 @@ def toeplitz_conv_kernel(
     PRE_ACT: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    C *= ALIGN
+    x_b, x_y, x_x = in_elements(x_b, x_y, x_x, ALIGN)
+    side_b, side_y, side_x = in_elements(side_b, side_y, side_x, ALIGN)
     start = tl.program_id(0) * BLOCK_C
     m, image, left = locate_strips(tl.program_id(1), strips, COLS, BLOCK_M)
     inside, low = m < total, tl.program_id(2) * rows
@@ -284,7 +296,11 @@ def toeplitz_grad_weight_kernel(
     BLOCK_C: tl.constexpr,
     PRE_ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    C *= ALIGN
+    dy_b, dy_y, dy_x = in_elements(dy_b, dy_y, dy_x, ALIGN)
+    x_b, x_y, x_x = in_elements(x_b, x_y, x_x, ALIGN)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part, a = tl.program_id(1), tl.program_id(2) * ROWS
     ahead = a - K // 2

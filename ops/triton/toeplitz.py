@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .. import _depthwise_pytorch as pytorch
 from .._depthwise import Fused, Window
-from ._launch import cdiv, input_precision, multiprocessors, rows_contiguous
+from ._depthwise_tiles import Maps
+from ._launch import cdiv, input_precision, multiprocessors
 from ._toeplitz_kernels import (
     toeplitz_conv_kernel,
     toeplitz_expand_kernel,
@@ -58,8 +59,9 @@ def columns() -> int:
 
 
 def kernel_rows(kernel: int, dtype: torch.dtype) -> int:
-    """Rows of the kernel whose gradients a program sums."""
-    return cdiv(kernel, 6 if dtype == torch.float32 else 2)
+    """Rows of the kernel whose gradients a program sums: shares of about what registers hold."""
+    most = 3 if dtype == torch.float32 else 9
+    return cdiv(kernel, cdiv(kernel, most))
 
 
 def precision(x: Tensor) -> str:
@@ -122,12 +124,9 @@ def _convolve(
     point: Tensor | None = None,
     mean: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    x = rows_contiguous(x)
-    bias, addend, grad, point = (
-        t if t is None else rows_contiguous(t) for t in (bias, addend, grad, point)
-    )
-    sides = [t.stride()[:3] for t in (addend, grad, point) if t is not None]
-    assert len(sides) <= 1
+    # one of the three at most
+    maps = Maps(x.shape[3], x, next((t for t in (addend, grad, point) if t is not None), None))
+    x, side = maps.maps
     (batch, height, width, channels), kernel = x.shape, weight.shape[-1]
     cols = columns()
     strips = split_map(x, cols)
@@ -138,13 +137,14 @@ def _convolve(
     first, end = pad if whole else 0, strips.rows + 2 * pad
     with torch.cuda.device_of(x):
         toeplitz_conv_kernel[(cdiv(channels, BLOCK_C), strips.blocks, strips.down)](
-            x, expand(weight, cols, flip), bias, addend, grad,
-            grad_mean if grad_mean is None else grad_mean.contiguous(), point, out, sums,
-            *x.stride()[:3], *(sides[0] if sides else (0, 0, 0)),
-            height, width, channels, strips.across, strips.rows, strips.total,
+            x, expand(weight, cols, flip), bias if bias is None else bias.contiguous(),
+            addend if addend is None else side, grad if grad is None else side,
+            grad_mean if grad_mean is None else grad_mean.contiguous(),
+            point if point is None else side, out, sums,
+            *maps.strides, height, width, maps.channels, strips.across, strips.rows, strips.total,
             first, end - pad if whole else end, end,
             K=kernel, COLS=cols, RESIDUAL=fused.residual, PRE_ACT=fused.pre_act, ACT=fused.act,
-            **_options(x),
+            ALIGN=maps.align, **_options(x),
         )  # fmt: skip
     if sums is None:
         return out, x.new_empty(0)
@@ -191,7 +191,7 @@ def grad_weight(
     dy: Tensor, x: Tensor, weight: Tensor, at: Window, fused: Fused
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `weight` and of the bias `(C,)`, from that of `grad_sum`."""
-    dy, x = rows_contiguous(dy), rows_contiguous(x)
+    maps = Maps(x.shape[3], dy, x)
     channels, kernel, cols = x.shape[3], at.size, 16
     strips, rows = split_map(x, cols), kernel_rows(kernel, x.dtype)
     groups = cdiv(kernel, rows)
@@ -200,8 +200,8 @@ def grad_weight(
     dbias = x.new_empty((parts, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
         toeplitz_grad_weight_kernel[(cdiv(channels, BLOCK_C), parts, groups)](
-            dy, x, dweight, dbias, *dy.stride()[:3], *x.stride()[:3],
-            x.shape[1], x.shape[2], channels, strips.across, strips.rows, strips.total, strips.down,
-            K=kernel, ROWS=rows, COLS=cols, PRE_ACT=fused.pre_act, **_options(x),
+            *maps.maps, dweight, dbias, *maps.strides, x.shape[1], x.shape[2], maps.channels,
+            strips.across, strips.rows, strips.total, strips.down,
+            K=kernel, ROWS=rows, COLS=cols, PRE_ACT=fused.pre_act, ALIGN=maps.align, **_options(x),
         )  # fmt: skip
     return dweight.sum(0).view_as(weight).to(weight.dtype), dbias.sum(0).to(dy.dtype)
