@@ -126,7 +126,7 @@ def _convolve(
 ) -> tuple[Tensor, Tensor]:
     # one of the three at most
     maps = Maps(x.shape[3], x, next((t for t in (addend, grad, point) if t is not None), None))
-    x, side = maps.maps
+    rows, side = maps.maps
     (batch, height, width, channels), kernel = x.shape, weight.shape[-1]
     cols = columns()
     strips = split_map(x, cols)
@@ -137,7 +137,7 @@ def _convolve(
     first, end = pad if whole else 0, strips.rows + 2 * pad
     with torch.cuda.device_of(x):
         toeplitz_conv_kernel[(cdiv(channels, BLOCK_C), strips.blocks, strips.down)](
-            x, expand(weight, cols, flip), bias if bias is None else bias.contiguous(),
+            rows, expand(weight, cols, flip), bias if bias is None else bias.contiguous(),
             addend if addend is None else side, grad if grad is None else side,
             grad_mean if grad_mean is None else grad_mean.contiguous(),
             point if point is None else side, out, sums,
