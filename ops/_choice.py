@@ -1,7 +1,7 @@
 """Which of two implementations of a depthwise convolution a GPU runs: ours or PyTorch's.
 
-`depthwise_table.json` holds what `benchmarks/depthwise.py` measured, as speed-ups of ours over
-PyTorch's, by architecture. What nobody has measured PyTorch runs.
+`depthwise_table.json` holds what `benchmarks/ops.py` measured, as speed-ups of ours over PyTorch's,
+by architecture; `benchmarks/depthwise_table.py` writes it. What nobody has measured PyTorch runs.
 """
 
 from __future__ import annotations
