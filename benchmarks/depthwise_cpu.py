@@ -79,6 +79,20 @@ def forward_ways(x: Tensor, weight: Tensor, shape: Shape) -> Ways:
     }
 
 
+def residual_ways(x: Tensor, weight: Tensor, shape: Shape) -> Ways:
+    """Ways to convolve `x` and add it."""
+
+    def conv(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, 1, shape.kernel // 2, 1, shape.channels)
+
+    at, fused, maps = Window(shape.kernel), Fused(residual=True), x.permute(0, 2, 3, 1)
+    return {
+        "op": lambda: _depthwise_pytorch.forward(maps, weight, None, None, at, fused, False),
+        "added channels_last": lambda: x + conv(x),
+        "added planes": lambda: planes(lambda x: x + conv(x), x),
+    }
+
+
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, shape: Shape, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,11 +163,13 @@ def measure(shape: Shape, batch: int, seconds: float) -> list[Row]:
     weight = torch.randn(shape.channels, 1, shape.kernel, shape.kernel)
     grad = torch.randn_like(F.conv2d(x[:, :1], weight[:1], None, shape.stride, shape.kernel // 2))
     grad = grad.expand(-1, shape.channels, -1, -1).contiguous(**form)
-    passes = {
+    passes: dict[str, Ways] = {
         "forward": forward_ways(x, weight, shape),
         "grad_input": grad_input_ways(grad, x, weight, shape),
         "grad_weight": grad_weight_ways(grad, x, weight, shape),
     }
+    if shape.stride == 1:
+        passes["residual"] = residual_ways(x, weight, shape)
     base = {"batch": batch, **shape._asdict()}
     return [{**base, "pass": name, **ratios(ways, seconds)} for name, ways in passes.items()]
 

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from timm.layers import conv2d_same as timm_same
 from torch import Tensor
 
-from backbones.ops import depthwise_conv, depthwise_conv_mean, depthwise_conv_norm
+from backbones.ops import (
+    _depthwise_pytorch,
+    depthwise_conv,
+    depthwise_conv_mean,
+    depthwise_conv_norm,
+)
+from backbones.ops._depthwise import Fused
 from tests.support import golden
 
 KERNELS = range(3, 18, 2)
@@ -79,6 +85,20 @@ def test_activation_before_and_residual(act, size):
     t = ACTS[act](tensors[0])
     out = depthwise_conv(*tensors, residual=True, pre_act=act)
     close(out, t + conv2d(t, *tensors[1:]), tensors)
+
+
+@pytest.mark.parametrize("dtype, folded", [(torch.float32, True), (torch.bfloat16, False)])
+def test_a_residual_is_folded_into_the_taps_only_where_they_keep_their_digits(dtype, folded):
+    x, weight, bias = (t.detach().to(dtype) for t in leaves((2, 9, 7), 5))
+    # small taps beside a one
+    weight = weight / 1000
+    taps, left = _depthwise_pytorch._fold(weight, Fused(residual=True), x)
+    assert left is not folded
+    assert torch.equal(taps, weight) is not folded
+    exact = depthwise_conv(x.double(), weight.double(), bias.double(), residual=True)
+    out = depthwise_conv(x, weight, bias, residual=True)
+    tolerance = 1e-6 if folded else 8e-3
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
