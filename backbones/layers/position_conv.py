@@ -40,7 +40,6 @@ class ConvPositionEncoding(nn.Module):
         Returns:
             The map with positions, and its LayerNorm, both `(B, H, W, dim)`.
         """
-        # the addition is not folded into the kernel: in 16 bit a one beside small taps rounds them
         weight, bias = self.proj.weight, self.proj.bias
         if self.exportable:
             return depthwise_conv_norm_reference(x, weight, bias, norm_weight, norm_bias, eps, True)
