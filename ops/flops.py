@@ -1,7 +1,7 @@
 """What the ops cost: formulas for `torch.utils.flop_counter` and handles for fvcore.
 
 PyTorch counts two operations per multiply-add, fvcore and the papers' "FLOPs" count one (MACs).
-Only matrix products are counted, as both tools do, and only what the algorithm needs.
+Only matrix products and convolutions are counted, as both tools do, and what the algorithm needs.
 """
 
 from __future__ import annotations

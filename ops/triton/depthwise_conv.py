@@ -17,7 +17,7 @@ from .._depthwise import Fused, Window
 from . import _depthwise_kernels as rows_kernels
 from . import _depthwise_norm_kernels as norm_kernels
 from . import _depthwise_weight_kernels as weight_kernels
-from . import toeplitz
+from . import _toeplitz as toeplitz
 from ._depthwise_tiles import (
     Grid,
     Maps,

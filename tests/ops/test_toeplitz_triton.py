@@ -77,7 +77,7 @@ each_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 
 @pytest.fixture
 def launchers():
-    return importlib.import_module("backbones.ops.triton.toeplitz")
+    return importlib.import_module("backbones.ops.triton._toeplitz")
 
 
 @pytest.fixture
