@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import autocast
+from ._common import accumulation_dtype, autocast
 
 _LARGEST = 17
 
@@ -49,6 +49,35 @@ class Fused(NamedTuple):
     act: str = ""
 
 
+class Border(NamedTuple):
+    """How far a map goes on with one vector.
+
+    Attributes:
+        bottom: Rows below.
+        right: Columns to the right.
+    """
+
+    bottom: int
+    right: int
+
+    def extend(self, x: Tensor, vector: Tensor) -> Tensor:
+        """Put a map `(B, H, W, C)` and its border `(C,)` together, differentiably."""
+        batch, height, width, channels = x.shape
+        x = torch.cat([x, vector.expand(batch, height, self.right, channels)], 2)
+        return torch.cat([x, vector.expand(batch, self.bottom, width + self.right, channels)], 1)
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Take the border off again, as a view."""
+        return x[:, : x.shape[1] - self.bottom, : x.shape[2] - self.right]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum the border of a map `(C,)`: the gradient of its vector."""
+        height, width = x.shape[1] - self.bottom, x.shape[2] - self.right
+        dtype = accumulation_dtype(x.dtype)
+        below = x[:, height:].sum((0, 1, 2), dtype=dtype)
+        return (below + x[:, :height, width:].sum((0, 1, 2), dtype=dtype)).to(x.dtype)
+
+
 def cast_all(residual: bool, x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Apply the autocast rule of depthwise convolutions: a residual stream keeps its type.
 
@@ -86,3 +115,21 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, at: Window) -> No
         )
     if weight.dtype != x.dtype:
         raise ValueError(f"weight is {weight.dtype} and x {x.dtype}: cast one of them")
+
+
+def check_border(
+    x: Tensor, at: Window, border: Tensor | None, border_size: tuple[int, int]
+) -> None:
+    """Check the border of a map.
+
+    Raises:
+        ValueError: A border that does not fit the map, or one of a strided convolution.
+    """
+    if border is None:
+        return
+    if border.shape != (x.shape[3],):
+        raise ValueError(f"border {tuple(border.shape)} must be a vector of C = {x.shape[3]}")
+    if min(border_size) < 0:
+        raise ValueError(f"border_size={border_size} must not be negative")
+    if at.stride != 1:
+        raise ValueError(f"border needs stride 1, not {at.stride}")

@@ -7,6 +7,10 @@ each activation, addition or mean around it costs as much again. With a map `x` 
     y = act(conv(t, w) + bias + t if residual + addend)
     mean = average of y over the map, for squeeze-excite
 
+Beyond the edges of the map are zeros, after a border of one vector below and to the right if there
+is one: where a network has padded a map before the projection that made it, the padding is not
+zero any more.
+
 Backward, with `g` the gradient of `y`; what the last activation took is computed anew:
 
     dy = (g + dmean / (H' W')) * act'       daddend = dy
@@ -23,7 +27,7 @@ from . import _depthwise_pytorch as pytorch
 from ._activations import ACTIVATIONS, activate
 from ._choice import implementation
 from ._common import reference_in_use
-from ._depthwise import Fused, Window, cast_all, check_conv
+from ._depthwise import Border, Fused, Window, cast_all, check_border, check_conv
 
 
 def depthwise_conv_reference(
@@ -36,10 +40,17 @@ def depthwise_conv_reference(
     residual: bool = False,
     pre_act: str = "",
     act: str = "",
+    border: Tensor | None = None,
+    border_size: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Compute `depthwise_conv` in plain, differentiable PyTorch."""
     at, fused = Window(weight.shape[-1], stride, same), Fused(residual, pre_act, act)
-    return activate(pytorch.convolve(x, weight, bias, addend, at, fused), act)
+    if border is None:
+        return activate(pytorch.convolve(x, weight, bias, addend, at, fused), act)
+    edge = Border(*border_size)
+    y = pytorch.convolve(edge.extend(x, border), weight, bias, None, at, fused)
+    y = edge.crop(activate(y, act))
+    return y if addend is None else y + addend
 
 
 def depthwise_conv_mean_reference(
@@ -59,7 +70,8 @@ def depthwise_conv_mean_reference(
     "backbones::depthwise_conv",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, SymInt stride, bool same, "
-    "bool residual, str pre_act, str act, bool mean) -> (Tensor, Tensor)",
+    "bool residual, str pre_act, str act, bool mean, Tensor? border, SymInt bottom, SymInt right) "
+    "-> (Tensor, Tensor)",
 )
 def _forward(
     x: Tensor,
@@ -72,11 +84,19 @@ def _forward(
     pre_act: str,
     act: str,
     mean: bool,
+    border: Tensor | None,
+    bottom: int,
+    right: int,
 ) -> tuple[Tensor, Tensor]:
     at, fused = Window(weight.shape[-1], stride, same), Fused(residual, pre_act, act)
+    edge = Border(bottom, right)
     with torch.autocast(x.device.type, enabled=False):
         run = implementation("forward", x, at.size, stride)
-        return run.forward(x, weight, bias, addend, at, fused, mean)
+        if border is None or not any(edge):
+            return run.forward(x, weight, bias, addend, at, fused, mean)
+        y, _ = run.forward(edge.extend(x, border), weight, bias, None, at, fused, False)
+        y = edge.crop(y)
+        return y.contiguous() if addend is None else y + addend, x.new_empty(0)
 
 
 @_forward.register_fake
@@ -91,6 +111,9 @@ def _(
     pre_act: str,
     act: str,
     mean: bool,
+    border: Tensor | None,
+    bottom: int,
+    right: int,
 ) -> tuple[Tensor, Tensor]:
     (batch, height, width, channels), at = x.shape, Window(weight.shape[-1], stride, same)
     out = x.new_empty((batch, at.out(height), at.out(width), channels))
@@ -101,8 +124,8 @@ def _(
     "backbones::depthwise_conv_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor? grad_mean, Tensor x, Tensor weight, Tensor? bias, SymInt stride, "
-    "bool same, bool residual, str pre_act, str act, bool need_x, bool need_weight) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bool same, bool residual, str pre_act, str act, Tensor? border, SymInt bottom, SymInt right, "
+    "bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad: Tensor,
@@ -115,11 +138,17 @@ def _backward(
     residual: bool,
     pre_act: str,
     act: str,
+    border: Tensor | None,
+    bottom: int,
+    right: int,
     need_x: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     at, fused = Window(weight.shape[-1], stride, same), Fused(residual, pre_act, act)
     dx, dweight, dbias = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    edge = Border(bottom, right)
+    if border is not None:
+        x, grad = edge.extend(x, border), edge.extend(grad, grad.new_zeros(grad.shape[3]))
     with torch.autocast(x.device.type, enabled=False):
         run = implementation("forward", x, at.size, stride)
         dy = run.grad_sum(grad, grad_mean, x, weight, bias, at, fused)
@@ -129,7 +158,9 @@ def _backward(
         if need_weight:
             run = implementation("grad_weight", x, at.size, stride)
             dweight, dbias = run.grad_weight(dy, x, weight, at, fused)
-    return dx, dweight, dbias
+    if border is None or not need_x:
+        return dx, dweight, dbias, x.new_empty(0 if border is None else border.shape)
+    return edge.crop(dx).contiguous(), dweight, dbias, edge.sum(dx)
 
 
 @_backward.register_fake
@@ -144,28 +175,34 @@ def _(
     residual: bool,
     pre_act: str,
     act: str,
+    border: Tensor | None,
+    bottom: int,
+    right: int,
     need_x: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else (0,)),
         x.new_empty(weight.shape if need_weight else (0,)),
         x.new_empty((x.shape[3],) if need_weight else (0,)),
+        x.new_empty((0,) if border is None else border.shape),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, _, *ctx.args, ctx.mean = inputs
-    ctx.save_for_backward(x, weight, bias)
+    x, weight, bias, _, *ctx.args, ctx.mean, border, bottom, right = inputs
+    ctx.edge = bottom, right
+    ctx.save_for_backward(x, weight, bias, border)
     if not ctx.mean:
         ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    need_x, need_weight, need_bias, need_addend, *_ = ctx.needs_input_grad
-    dx, dweight, dbias = _backward(
-        grad, grad_mean if ctx.mean else None, *ctx.saved_tensors, *ctx.args,
-        need_x, need_weight or need_bias,
+    need_x, need_weight, need_bias, need_addend, *_, need_border, _, _ = ctx.needs_input_grad
+    *tensors, border = ctx.saved_tensors
+    dx, dweight, dbias, dborder = _backward(
+        grad, grad_mean if ctx.mean else None, *tensors, *ctx.args, border, *ctx.edge,
+        need_x or need_border, need_weight or need_bias,
     )  # fmt: skip
     return (
         dx if need_x else None,
@@ -173,6 +210,8 @@ def _autograd(ctx, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor | None, ...]
         dbias if need_bias else None,
         grad if need_addend else None,
         *[None] * 6,
+        dborder if need_border else None,
+        *[None] * 2,
     )
 
 
@@ -212,6 +251,8 @@ def depthwise_conv(
     residual: bool = False,
     pre_act: str = "",
     act: str = "",
+    border: Tensor | None = None,
+    border_size: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Convolve every channel of a map with its own kernel, fused with what surrounds it.
 
@@ -226,6 +267,9 @@ def depthwise_conv(
         residual: Add what is convolved.
         pre_act: Activation before: "relu", "silu", "gelu", "gelu_tanh", or "" for none.
         act: Activation behind, after residual and addend.
+        border: Vector `(C,)` with which the map goes on below and to the right, before the zeros;
+            with stride 1 only.
+        border_size: Rows and columns that have it.
 
     Returns:
         The map `(B, H', W', C)`, contiguous, `H' = ceil(H / stride)`.
@@ -252,10 +296,24 @@ def depthwise_conv(
     """
     if torch.jit.is_scripting():
         return torch.ops.backbones.depthwise_conv(
-            x, weight, bias, addend, stride, same, residual, pre_act, act, False
-        )[0]
+            x, weight, bias, addend, stride, same, residual, pre_act, act, False,
+            border, border_size[0], border_size[1],
+        )[0]  # fmt: skip
     else:
-        return _dispatch(x, weight, bias, addend, stride, same, residual, pre_act, act, False)[0]
+        return _dispatch(
+            x,
+            weight,
+            bias,
+            addend,
+            stride,
+            same,
+            residual,
+            pre_act,
+            act,
+            False,
+            border,
+            border_size,
+        )[0]
 
 
 def depthwise_conv_mean(
@@ -287,7 +345,7 @@ def depthwise_conv_mean(
     """
     if torch.jit.is_scripting():
         return torch.ops.backbones.depthwise_conv(
-            x, weight, bias, None, stride, same, False, "", act, True
+            x, weight, bias, None, stride, same, False, "", act, True, None, 0, 0
         )
     else:
         return _dispatch(x, weight, bias, None, stride, same, False, "", act, True)
@@ -304,17 +362,22 @@ def _dispatch(
     pre_act: str,
     act: str,
     mean: bool,
+    border: Tensor | None = None,
+    border_size: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
     if not isinstance(x, torch.fx.Proxy):
-        x, weight, bias, addend = cast_all(residual, x, weight, bias, addend)
+        x, weight, bias, addend, border = cast_all(residual, x, weight, bias, addend, border)
         at, fused = Window(weight.shape[-1], stride, same), Fused(residual, pre_act, act)
         # a trace sees sizes as tensors
         if not torch.jit.is_tracing():
             _validate(x, weight, bias, addend, at, fused)
+            check_border(x, at, border, border_size)
         if reference_in_use():
-            y = activate(pytorch.convolve(x, weight, bias, addend, at, fused), act)
+            y = depthwise_conv_reference(
+                x, weight, bias, addend, stride, same, residual, pre_act, act, border, border_size
+            )
             return y, pytorch.average(y) if mean else y
     # through the packet, which torch.fx records; a call of the Python object it would not
     return torch.ops.backbones.depthwise_conv(
-        x, weight, bias, addend, stride, same, residual, pre_act, act, mean
+        x, weight, bias, addend, stride, same, residual, pre_act, act, mean, border, *border_size
     )

@@ -92,8 +92,9 @@ def _channel_attention_backward_flops(
     return 2 * 4 * _channel_attention_product(qkv, num_heads)
 
 
-def _depthwise_conv_macs(x: Shape, weight: Shape, stride: int) -> int:
-    positions = prod(-(-length // stride) for length in x[1:3])
+def _depthwise_conv_macs(x: Shape, weight: Shape, stride: int, border: Shape = (0, 0)) -> int:
+    sizes = zip(x[1:3], border, strict=True)
+    positions = prod(-(-(length + beyond) // stride) for length, beyond in sizes)
     return x[0] * positions * prod(weight)
 
 
@@ -101,7 +102,8 @@ def _depthwise_conv_macs(x: Shape, weight: Shape, stride: int) -> int:
 def _depthwise_conv_flops(
     x: Shape, weight: Shape, bias: Any, addend: Any, stride: int, *args: Any, out_shape: Any = None
 ) -> int:
-    return 2 * _depthwise_conv_macs(x, weight, stride)
+    # same, residual, pre_act, act, mean, border, and its rows and columns
+    return 2 * _depthwise_conv_macs(x, weight, stride, args[6:])
 
 
 @register_flop_formula(torch.ops.backbones.depthwise_conv_backward)
@@ -115,10 +117,10 @@ def _depthwise_conv_backward_flops(
     *args: Any,
     out_shape: Any = None,
 ) -> int:
-    act, *needed = args[3:]
+    act, _, *border, need_x, need_weight = args[3:]
     # what an activation took is computed anew
-    passes = sum(needed) + bool(act)
-    return 2 * passes * _depthwise_conv_macs(x, weight, stride)
+    passes = need_x + need_weight + bool(act)
+    return 2 * passes * _depthwise_conv_macs(x, weight, stride, border)
 
 
 @register_flop_formula(torch.ops.backbones.depthwise_conv_norm)
@@ -146,7 +148,8 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
     def depthwise_conv(inputs: list[Any], outputs: list[Any]) -> int:
         shapes = get_shape(inputs[0]), get_shape(inputs[1])
-        return _depthwise_conv_macs(*shapes, inputs[4].toIValue())
+        border = inputs[11].toIValue(), inputs[12].toIValue()
+        return _depthwise_conv_macs(*shapes, inputs[4].toIValue(), border)
 
     def depthwise_conv_norm(inputs: list[Any], outputs: list[Any]) -> int:
         return _depthwise_conv_macs(get_shape(inputs[0]), get_shape(inputs[1]), 1)

@@ -110,6 +110,10 @@ def _conv_addend(size: Size) -> dict[str, tuple[int, ...]]:
     return {**_conv(5)(size), "addend": (*size, 3)}
 
 
+def _conv_border(size: Size) -> dict[str, tuple[int, ...]]:
+    return {**_conv_addend(size), "border": (3,)}
+
+
 EXAMPLES = [
     Example("window_attention", "", _window, {"num_heads": 2, "window_size": (2, 3)}),
     Example(
@@ -133,6 +137,7 @@ EXAMPLES = [
     ),
     Example("depthwise_conv", "", _conv(7), {"act": "gelu"}),
     Example("depthwise_conv", "with addend", _conv_addend, {}),
+    Example("depthwise_conv", "with border", _conv_border, {"border_size": (2, 1)}),
     Example("depthwise_conv", "with residual", _conv(3), {"residual": True, "pre_act": "gelu"}),
     Example("depthwise_conv", "of large kernels", _conv(13), {}, "_mean"),
     Example(

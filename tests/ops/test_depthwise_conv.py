@@ -255,3 +255,31 @@ def test_norms_that_do_not_fit_are_named():
         depthwise_conv_norm(x, weight, None, torch.zeros(4))
     with pytest.raises(ValueError, match="norm_bias without norm_weight"):
         depthwise_conv_norm(x, weight, None, None, torch.zeros(3))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("border_size", [(0, 0), (2, 1), (0, 2), (1, 0)], ids=str)
+def test_a_border_continues_the_map(size, border_size):
+    tensors, border = leaves(size, 5), leaf("border", 4)
+    addend = leaf("addend", *size, 4)
+    out = depthwise_conv(*tensors, addend, border=border, border_size=border_size)
+    x, weight, bias = tensors
+    batch, height, width = size
+    below, right = border_size
+    whole = border.expand(batch, height + below, width + right, 4).clone()
+    whole[:, :height, :width] = x
+    expected = conv2d(whole, weight, bias)[:, :height, :width] + addend
+    close(out, expected, [*tensors, addend, border])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"border": torch.zeros(3)}, r"border \(3,\) must be a vector of C = 4"),
+        ({"border": torch.zeros(4), "border_size": (-1, 0)}, r"border_size=\(-1, 0\)"),
+        ({"border": torch.zeros(4), "stride": 2}, "border needs stride 1, not 2"),
+    ],
+)
+def test_borders_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv(torch.zeros(1, 5, 5, 4), torch.zeros(4, 1, 3, 3), **options)
