@@ -1,6 +1,6 @@
 """Small layers that the families share."""
 
-from .conv_norm import ConvNorm, NormLinear, Residual
+from .conv_norm import ConvNorm, ConvNormAct, NormLinear, Residual
 from .dual_attention import ChannelAttention, ConvAttentionBlock, WindowAttention
 from .mbconv import ConvStem, MBConv
 from .multi_axis import MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
@@ -14,6 +14,7 @@ __all__ = [
     "ChannelAttention",
     "ConvAttentionBlock",
     "ConvNorm",
+    "ConvNormAct",
     "ConvPositionEncoding",
     "ConvStem",
     "MBConv",

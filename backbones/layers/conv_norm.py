@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import timm.layers
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from .fold import batch_norm_affine
+from .fold import batch_norm_affine, fold_norm_act
 
 
 class ConvNorm(nn.Sequential):
@@ -54,6 +55,47 @@ class ConvNorm(nn.Sequential):
         fused.weight = nn.Parameter(self.c.weight * scale[:, None, None, None])
         fused.bias = nn.Parameter(shift)
         return fused
+
+
+class ConvNormAct(timm.layers.ConvNormAct):
+    """A 3x3 convolution with bias, padded by one pixel, BatchNorm, and perhaps GELU.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        stride: Stride of the convolution.
+        act: Whether GELU follows.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int = 1,
+        act: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_chs,
+            out_chs,
+            3,
+            stride,
+            bias=True,
+            apply_act=act,
+            act_layer=nn.GELU,
+            device=device,
+            dtype=dtype,
+        )
+
+    @torch.no_grad()
+    def fuse(self) -> ConvNormAct:
+        """Fold the norm into the convolution; return the layer."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.bn = fold_norm_act(self.conv, self.bn)
+        return self
 
 
 class NormLinear(nn.Sequential):

@@ -6,6 +6,7 @@ All functions change the layers in place, keep what they compute, and belong und
 from __future__ import annotations
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 
@@ -25,6 +26,12 @@ def fold_output(
     if layer.bias is not None:
         layer.bias.mul_(scale)
     return layer if shift is None else _add_bias(layer, shift)
+
+
+def fold_norm_act(conv: nn.Conv2d, norm: BatchNormAct2d) -> nn.Module:
+    """Fold a BatchNorm into the convolution before it; return the activation that is left."""
+    fold_output(conv, *batch_norm_affine(norm))
+    return norm.act
 
 
 def fold_input(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> nn.Module:

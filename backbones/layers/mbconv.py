@@ -9,7 +9,7 @@ import torch
 from timm.layers import BatchNormAct2d, DropPath, is_exportable
 from torch import Tensor, nn
 
-from .fold import batch_norm_affine, fold_input, fold_output
+from .fold import batch_norm_affine, fold_input, fold_norm_act
 from .squeeze_excite import SqueezeExcite
 from .strided import AvgPool2dCeil, StridedConv2d
 
@@ -38,12 +38,6 @@ def strided_conv(
     if tensorflow:
         return StridedConv2d(in_chs, out_chs, groups=groups, bias=bias, **dd)
     return nn.Conv2d(in_chs, out_chs, 3, 2, 1, groups=groups, bias=bias, **dd)
-
-
-def fold_norm_act(conv: nn.Conv2d, norm: BatchNormAct2d) -> nn.Module:
-    """Fold a BatchNorm into the convolution before it; return the activation that is left."""
-    fold_output(conv, *batch_norm_affine(norm))
-    return norm.act
 
 
 class ConvStem(nn.Module):
