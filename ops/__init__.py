@@ -6,6 +6,7 @@ Every op is one function, registered with `torch.library`: it works in eager mod
 """
 
 from ._common import reference_in_use, use_reference
+from ._rotary import apply_rotary, rotary_table
 from .channel_attention import channel_attention, channel_attention_reference
 from .depthwise_conv import (
     depthwise_conv,
@@ -19,6 +20,7 @@ from .partial_attention import partial_attention, partial_attention_reference
 from .window_attention import window_attention, window_attention_reference
 
 __all__ = [
+    "apply_rotary",
     "channel_attention",
     "channel_attention_reference",
     "count_macs",
@@ -32,6 +34,7 @@ __all__ = [
     "partial_attention",
     "partial_attention_reference",
     "reference_in_use",
+    "rotary_table",
     "use_reference",
     "window_attention",
     "window_attention_reference",
