@@ -17,6 +17,8 @@ from .depthwise_conv import (
 from .depthwise_conv_norm import depthwise_conv_norm, depthwise_conv_norm_reference
 from .flops import count_macs, fvcore_handles
 from .partial_attention import partial_attention, partial_attention_reference
+from .route_regions import route_regions, route_regions_reference
+from .routing_attention import routing_attention, routing_attention_reference
 from .window_attention import window_attention, window_attention_reference
 
 __all__ = [
@@ -35,6 +37,10 @@ __all__ = [
     "partial_attention_reference",
     "reference_in_use",
     "rotary_table",
+    "route_regions",
+    "route_regions_reference",
+    "routing_attention",
+    "routing_attention_reference",
     "use_reference",
     "window_attention",
     "window_attention_reference",

@@ -18,6 +18,8 @@ from . import channel_attention as _channel_attention  # noqa: F401  registers t
 from . import depthwise_conv as _depthwise_conv  # noqa: F401
 from . import depthwise_conv_norm as _depthwise_conv_norm  # noqa: F401
 from . import partial_attention as _partial_attention  # noqa: F401
+from . import route_regions as _route_regions  # noqa: F401
+from . import routing_attention as _routing_attention  # noqa: F401
 from . import window_attention as _window_attention  # noqa: F401
 from ._windows import cells
 
@@ -128,6 +130,45 @@ def _depthwise_conv_norm_flops(x: Shape, weight: Shape, *args: Any, out_shape: A
     return 2 * _depthwise_conv_macs(x, weight, 1)
 
 
+def _route_regions_macs(qkv: Shape, regions: int) -> int:
+    return qkv[0] * regions**2 * qkv[3] // 3
+
+
+@register_flop_formula(torch.ops.backbones.route_regions)
+def _route_regions_flops(
+    qkv: Shape, pad: Any, topk: int, rows: int, cols: int, *args: Any, out_shape: Any = None
+) -> int:
+    return 2 * _route_regions_macs(qkv, rows * cols)
+
+
+def _routing_attention_product(qkv: Shape, regions: Shape, size: Shape) -> int:
+    """Multiply-adds of one product of all regions of a size, `q k^T` for one, over all heads."""
+    return prod(regions) * prod(size) ** 2 * qkv[3] // 3
+
+
+@register_flop_formula(torch.ops.backbones.routing_attention)
+def _routing_attention_flops(
+    qkv: Shape, regions: Shape, pad: Any, num_heads: int, *args: Any, out_shape: Any = None
+) -> int:
+    return 2 * 2 * _routing_attention_product(qkv, regions, args[2:4])
+
+
+@register_flop_formula(torch.ops.backbones.routing_attention_backward)
+def _routing_attention_backward_flops(
+    grad: Shape,
+    qkv: Shape,
+    regions: Shape,
+    pad: Any,
+    out: Any,
+    lse: Any,
+    num_heads: int,
+    *args: Any,
+    out_shape: Any = None,
+) -> int:
+    # scores again, then dv, dA, dq and dk
+    return 2 * 5 * _routing_attention_product(qkv, regions, args[2:4])
+
+
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Handles for `fvcore.nn.FlopCountAnalysis(model, x).set_op_handle(**handles)`, in MACs.
 
@@ -154,6 +195,14 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def depthwise_conv_norm(inputs: list[Any], outputs: list[Any]) -> int:
         return _depthwise_conv_macs(get_shape(inputs[0]), get_shape(inputs[1]), 1)
 
+    def route_regions(inputs: list[Any], outputs: list[Any]) -> int:
+        rows, cols = (i.toIValue() for i in inputs[3:5])
+        return _route_regions_macs(get_shape(inputs[0]), rows * cols)
+
+    def routing_attention(inputs: list[Any], outputs: list[Any]) -> int:
+        size = [i.toIValue() for i in inputs[6:8]]
+        return 2 * _routing_attention_product(*(get_shape(i) for i in inputs[:2]), size)
+
     def attention(inputs: list[Any], outputs: list[Any]) -> int:
         query, key, value = (get_shape(i) for i in inputs[:3])
         return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
@@ -163,6 +212,8 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         "backbones::depthwise_conv": depthwise_conv,
         "backbones::depthwise_conv_norm": depthwise_conv_norm,
         "backbones::partial_attention": partial_attention,
+        "backbones::route_regions": route_regions,
+        "backbones::routing_attention": routing_attention,
         "backbones::window_attention": window_attention,
         "aten::scaled_dot_product_attention": attention,
     }
