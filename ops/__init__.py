@@ -17,6 +17,10 @@ from .depthwise_conv import (
 from .depthwise_conv_norm import depthwise_conv_norm, depthwise_conv_norm_reference
 from .flops import count_macs, fvcore_handles
 from .partial_attention import partial_attention, partial_attention_reference
+from .rank_augmented_attention import (
+    rank_augmented_attention,
+    rank_augmented_attention_reference,
+)
 from .route_regions import route_regions, route_regions_reference
 from .routing_attention import routing_attention, routing_attention_reference
 from .window_attention import window_attention, window_attention_reference
@@ -35,6 +39,8 @@ __all__ = [
     "fvcore_handles",
     "partial_attention",
     "partial_attention_reference",
+    "rank_augmented_attention",
+    "rank_augmented_attention_reference",
     "reference_in_use",
     "rotary_table",
     "route_regions",

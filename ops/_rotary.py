@@ -49,7 +49,7 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     """
     if not torch.jit.is_scripting() and not torch.jit.is_tracing():
         check_rotary(rotary, x.shape[1], x.shape[2], x.shape[4])
-    cos, sin = _angles(rotary, x.shape[1], x.shape[2])
+    cos, sin = angles(rotary, x.shape[1], x.shape[2])
     return turned(x, cos, sin).to(x.dtype)
 
 
@@ -59,7 +59,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
 
-def _angles(rotary: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def angles(rotary: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of all pairs of a map, each `(H, W, 1, D / 2)`."""
     rows = rotary[:, :height, None].expand(-1, -1, width, -1)
     columns = rotary[:, None, :width].expand(-1, height, -1, -1)

@@ -18,6 +18,7 @@ from . import channel_attention as _channel_attention  # noqa: F401  registers t
 from . import depthwise_conv as _depthwise_conv  # noqa: F401
 from . import depthwise_conv_norm as _depthwise_conv_norm  # noqa: F401
 from . import partial_attention as _partial_attention  # noqa: F401
+from . import rank_augmented_attention as _rank_augmented_attention  # noqa: F401
 from . import route_regions as _route_regions  # noqa: F401
 from . import routing_attention as _routing_attention  # noqa: F401
 from . import window_attention as _window_attention  # noqa: F401
@@ -92,6 +93,33 @@ def _channel_attention_backward_flops(
 ) -> int:
     # the gradient of the weights, then those of a, b and m
     return 2 * 4 * _channel_attention_product(qkv, num_heads)
+
+
+def _rank_augmented_macs(qkv: Shape, heads: int, gated: bool, products: int, vectors: int) -> int:
+    """Multiply-adds of products of the tokens with matrices and with vectors of the heads."""
+    channels = qkv[3] // (3 + gated)
+    return prod(qkv[:3]) * channels * (products * (channels // heads) + vectors)
+
+
+@register_flop_formula(torch.ops.backbones.rank_augmented_attention)
+def _rank_augmented_flops(
+    qkv: Shape,
+    rotary: Any,
+    addend: Any,
+    num_heads: int,
+    gated: bool,
+    *args: Any,
+    out_shape: Any = None,
+) -> int:
+    # S and what it does to the queries; scores and denominators
+    return 2 * _rank_augmented_macs(qkv, num_heads, gated, 2, 2)
+
+
+@register_flop_formula(torch.ops.backbones.rank_augmented_attention_backward)
+def _rank_augmented_backward_flops(grad: Any, qkv: Shape, *args: Any, out_shape: Any = None) -> int:
+    # u, dS, dv, t, and what the gate is multiplied by; scores and denominators again, dc and dmu
+    num_heads, gated = args[-2:]
+    return 2 * _rank_augmented_macs(qkv, num_heads, gated, 4 + gated, 4)
 
 
 def _depthwise_conv_macs(x: Shape, weight: Shape, stride: int, border: Shape = (0, 0)) -> int:
@@ -195,6 +223,10 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def depthwise_conv_norm(inputs: list[Any], outputs: list[Any]) -> int:
         return _depthwise_conv_macs(get_shape(inputs[0]), get_shape(inputs[1]), 1)
 
+    def rank_augmented_attention(inputs: list[Any], outputs: list[Any]) -> int:
+        heads, gated = inputs[3].toIValue(), inputs[4].toIValue()
+        return _rank_augmented_macs(get_shape(inputs[0]), heads, gated, 2, 2)
+
     def route_regions(inputs: list[Any], outputs: list[Any]) -> int:
         rows, cols = (i.toIValue() for i in inputs[3:5])
         return _route_regions_macs(get_shape(inputs[0]), rows * cols)
@@ -212,6 +244,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         "backbones::depthwise_conv": depthwise_conv,
         "backbones::depthwise_conv_norm": depthwise_conv_norm,
         "backbones::partial_attention": partial_attention,
+        "backbones::rank_augmented_attention": rank_augmented_attention,
         "backbones::route_regions": route_regions,
         "backbones::routing_attention": routing_attention,
         "backbones::window_attention": window_attention,

@@ -24,9 +24,10 @@ class Example:
         op: Name of the op, and of its module.
         kind: What tells it from other examples of the op.
         shapes: Shapes of the tensors by name, for a size of the map.
-        options: Arguments that are not tensors.
+        options: Arguments that have no gradient.
         variant: What the name of the public function has behind that of the op.
         kernels: Module of the Triton kernels, if it is not called like the op.
+        sized: Further arguments without a gradient, for a size of the map.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Example:
     options: dict[str, Any]
     variant: str = ""
     kernels: str = ""
+    sized: Callable[[Size], dict[str, Any]] = lambda size: {}
 
     def __str__(self) -> str:
         return f"{self.op}{self.variant} {self.kind}".strip()
@@ -57,14 +59,21 @@ class Example:
             for name, value in values.items()
         }
 
+    def arguments(self, tensors: Tensors) -> dict[str, Any]:
+        """All arguments of a call."""
+        size = next(iter(tensors.values())).shape[:3]
+        if torch.jit.is_tracing():
+            size = tuple(int(length) for length in size)
+        return {**tensors, **self.options, **self.sized(size)}
+
     def __call__(self, tensors: Tensors) -> Tensor:
         """Call the op."""
-        return joined(self.public(**tensors, **self.options))
+        return joined(self.public(**self.arguments(tensors)))
 
     def reference(self, tensors: Tensors) -> Tensor:
         """Call its reference."""
         reference = getattr(ops, f"{self.op}{self.variant}_reference")
-        return joined(reference(**tensors, **self.options))
+        return joined(reference(**self.arguments(tensors)))
 
     def __hash__(self) -> int:
         return hash((self.op, self.variant, self.kind))
@@ -114,6 +123,32 @@ def _conv_border(size: Size) -> dict[str, tuple[int, ...]]:
     return {**_conv_addend(size), "border": (3,)}
 
 
+# of heads of 4 channels, on maps of up to 24 tokens a side; it has no gradient
+ROTARY = ops.rotary_table(torch.tensor([0.3]), 24)
+
+
+def _legacy_regions(size: Size) -> dict[str, Any]:
+    batch, height, width = size
+    return {"regions": _regions(batch, 6), "region_size": (-(-height // 2), -(-width // 3))}
+
+
+def _nchw_regions(size: Size) -> dict[str, Any]:
+    batch, *sides = size
+    lengths = [max(1, side // 2) for side in sides]
+    counts = [max(2, -(-side // length)) for side, length in zip(sides, lengths, strict=True)]
+    return {
+        "regions": _regions(batch, counts[0] * counts[1]),
+        "num_regions": tuple(counts),
+        "region_size": tuple(lengths),
+    }
+
+
+def _regions(batch: int, count: int) -> Tensor:
+    """Two regions for each of an image, some of them chosen by many and some by none."""
+    first = torch.arange(count) // 2
+    return torch.stack([first, (first + 1) % count], dim=-1).expand(batch, -1, -1)
+
+
 EXAMPLES = [
     Example("window_attention", "", _window, {"num_heads": 2, "window_size": (2, 3)}),
     Example(
@@ -134,6 +169,32 @@ EXAMPLES = [
         "of values",
         lambda size: {"qkv": (*size, 18)},
         {"num_heads": 2, "mix_values": True},
+    ),
+    Example(
+        "rank_augmented_attention",
+        "",
+        lambda size: {"qkv": (*size, 36)},
+        {"rotary": ROTARY, "num_heads": 3},
+    ),
+    Example(
+        "rank_augmented_attention",
+        "with addend and gate",
+        lambda size: {"qkv": (*size, 48), "addend": (*size, 12)},
+        {"rotary": ROTARY, "num_heads": 3, "gated": True},
+    ),
+    Example(
+        "routing_attention",
+        "with pad",
+        lambda size: {"qkv": (*size, 12), "pad": (12,)},
+        {"num_heads": 2, "num_regions": (2, 3)},
+        sized=_legacy_regions,
+    ),
+    Example(
+        "routing_attention",
+        "with zeros",
+        lambda size: {"qkv": (*size, 12)},
+        {"num_heads": 2},
+        sized=_nchw_regions,
     ),
     Example("depthwise_conv", "", _conv(7), {"act": "gelu"}),
     Example("depthwise_conv", "with addend", _conv_addend, {}),
