@@ -13,6 +13,8 @@ from timm.layers import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .layers.projection_head import ProjectionHead
+
 MIN_SIZE = 32
 
 
@@ -236,12 +238,12 @@ class Backbone(nn.Module):
 class HeadedBackbone(Backbone):
     """A backbone with one of timm's classifier heads.
 
-    A family sets `head`, a `ClassifierHead` or `NormMlpClassifierHead`, and `drop_rate`, its
-    dropout, besides what `Backbone` asks for.
+    A family sets `head`, a `ClassifierHead`, `NormMlpClassifierHead` or `ProjectionHead`, and
+    `drop_rate`, its dropout, besides what `Backbone` asks for.
     """
 
     if TYPE_CHECKING:
-        head: ClassifierHead | NormMlpClassifierHead
+        head: ClassifierHead | NormMlpClassifierHead | ProjectionHead
         drop_rate: float
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -276,7 +278,7 @@ class HeadedBackbone(Backbone):
         check_pool(pool)
         like = next(self.parameters())
         dd = {"device": like.device, "dtype": like.dtype}
-        if isinstance(self.head, NormMlpClassifierHead) and not reset_other:
+        if isinstance(self.head, (NormMlpClassifierHead, ProjectionHead)) and not reset_other:
             self.head.reset(num_classes, pool)
             self.head.to(**dd)
         else:

@@ -58,13 +58,14 @@ class ConvNorm(nn.Sequential):
 
 
 class ConvNormAct(timm.layers.ConvNormAct):
-    """A 3x3 convolution with bias, padded by one pixel, BatchNorm, and perhaps GELU.
+    """Convolution with bias, padded to keep the size, BatchNorm, and perhaps an activation.
 
     Args:
         in_chs: Input channels.
         out_chs: Output channels.
+        kernel_size: Side of the kernel, odd.
         stride: Stride of the convolution.
-        act: Whether GELU follows.
+        act_layer: Makes the activation; None for none.
         device: Where parameters are made.
         dtype: Their type.
     """
@@ -73,19 +74,20 @@ class ConvNormAct(timm.layers.ConvNormAct):
         self,
         in_chs: int,
         out_chs: int,
+        kernel_size: int = 3,
         stride: int = 1,
-        act: bool = True,
+        act_layer: type[nn.Module] | None = nn.GELU,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(
             in_chs,
             out_chs,
-            3,
+            kernel_size,
             stride,
             bias=True,
-            apply_act=act,
-            act_layer=nn.GELU,
+            apply_act=act_layer is not None,
+            act_layer=act_layer or nn.Identity,
             device=device,
             dtype=dtype,
         )
