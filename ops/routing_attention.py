@@ -196,7 +196,8 @@ def _pad_gradient(sums: Tensor, tokens: _Tokens) -> Tensor:
     if tokens.inside is None:
         return sums.new_zeros(sums.shape[-1])
     outside = ~tokens.inside
-    return sums.unflatten(0, (len(sums) // len(outside), -1))[:, outside].sum((0, 1))
+    images = sums.unflatten(0, (len(sums) // len(outside), len(outside)))
+    return images[:, outside].sum((0, 1))
 
 
 @torch.library.custom_op(
@@ -291,7 +292,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _validate_regions(qkv: Tensor, regions: Tensor, num_regions: tuple[int, int]) -> None:
-    expected, shape = (len(qkv), num_regions[0] * num_regions[1]), tuple(regions.shape)
+    expected, shape = (qkv.shape[0], num_regions[0] * num_regions[1]), tuple(regions.shape)
     if regions.ndim != 3 or shape[:2] != expected or not 1 <= shape[2] <= expected[1]:
         raise ValueError(
             f"regions {shape} must be {(*expected, 'topk')} with topk in 1..{expected[1]}"
