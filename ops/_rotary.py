@@ -12,6 +12,7 @@ Angles grow with the map, so their table is kept in float32 whatever the type of
 from __future__ import annotations
 
 import torch
+import torch.fx
 from torch import Tensor
 
 
@@ -47,8 +48,10 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     Source:
         RAVLT, arXiv 2411.07635; RoFormer, arXiv 2104.09864, section 3.2.
     """
-    if not torch.jit.is_scripting() and not torch.jit.is_tracing():
-        check_rotary(rotary, x.shape[1], x.shape[2], x.shape[4])
+    if not torch.jit.is_scripting():
+        # a trace sees sizes as tensors
+        if not (isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()):
+            check_rotary(rotary, x.shape[1], x.shape[2], x.shape[4])
     cos, sin = angles(rotary, x.shape[1], x.shape[2])
     return turned(x, cos, sin).to(x.dtype)
 

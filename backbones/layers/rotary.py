@@ -14,9 +14,10 @@ from backbones.ops import rotary_table
 
 @torch.fx.wrap
 def table_of_map(x: Tensor, theta: Tensor) -> Tensor:
-    """Cosines and sines `(2, max(H, W), D / 4)` for a map `(B, H, W, C)`, at least in float32."""
+    """Cosines and sines `(2, H + W, D / 4)` for a map `(B, H, W, C)`, at least in float32."""
     frequencies = theta.double() if x.dtype == torch.float64 else theta
-    return rotary_table(frequencies, max(x.shape[1], x.shape[2]))
+    # more than the longer side needs, but a trace can record a sum, and no comparison
+    return rotary_table(frequencies, x.shape[1] + x.shape[2])
 
 
 class RotaryPosition(nn.Module):
@@ -50,5 +51,5 @@ class RotaryPosition(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take a map `(B, H, W, C)`, return its table `(2, max(H, W), D / 4)` (`apply_rotary`)."""
+        """Take a map `(B, H, W, C)`, return its table `(2, H + W, D / 4)` for `apply_rotary`."""
         return table_of_map(x, self.theta)

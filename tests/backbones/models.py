@@ -22,6 +22,7 @@ class Small:
         widths: Channels of its features.
         strides: Their strides.
         stages: Its stages.
+        floor: Whether sizes of maps are rounded down, else up.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Small:
     widths: tuple[int, ...]
     strides: tuple[int, ...] = (4, 8, 16, 32)
     stages: int = 4
+    floor: bool = False
 
     def create(self, **kwargs: Any) -> nn.Module:
         """The model, as timm makes it."""
@@ -45,27 +47,45 @@ class Small:
     def maps(self, height: int, width: int) -> list[tuple[int, int, int]]:
         """Shapes of the features of an image."""
         return [
-            (channels, -(-height // stride), -(-width // stride))
+            (channels, *(n // stride if self.floor else -(-n // stride) for n in (height, width)))
             for channels, stride in zip(self.widths, self.strides, strict=True)
         ]
 
 
 _DEPTHS, _WIDTHS, _HEADS = (1, 1, 2, 1), (32, 64, 64, 96), (1, 2, 2, 3)
+_BIFORMER = {
+    "embed_dims": _WIDTHS,
+    "num_heads": (1, 2, 2, 8),
+    "depths": _DEPTHS,
+    # both kinds of attention among the first two stages
+    "topks": (4, None, 16, None),
+}
 _DAVIT = {"embed_dims": _WIDTHS, "num_heads": _HEADS, "depths": _DEPTHS}
 _MAXVIT = {"embed_dim": _WIDTHS, "depths": _DEPTHS, "stem_width": (16, 24), "img_size": 64}
 _MAXVIT_TF = {**_MAXVIT, "head_hidden_size": 48}
 _MAXVIT_MAPS = ((24, *_WIDTHS), (2, 4, 8, 16, 32))
+_RAVLT = {
+    "embed_dims": _WIDTHS,
+    "num_heads": _HEADS,
+    "depths": _DEPTHS,
+    "layer_scales": (1.0, 1.0, 1e-6, 1e-6),
+    "head_hidden_size": 48,
+}
 _SHVIT = {"embed_dim": (32, 48, 72), "depth": (1, 1, 2), "partial_dim": (16, 16, 19)}
 
 FAMILIES = {
+    "biformer": Small("biformer_tiny", _BIFORMER, _WIDTHS),
     "davit": Small("davit_tiny", _DAVIT, _WIDTHS),
     "maxvit": Small("maxvit_tiny_tf_224", _MAXVIT_TF, *_MAXVIT_MAPS),
+    "ravlt": Small("ravlt_t", _RAVLT, _WIDTHS),
     "shvit": Small("shvit_s1", _SHVIT, (32, 48, 72), (16, 32, 64), stages=3),
 }
 
 # other layers and heads of the same families, for what is quick to test
 VARIANTS = {
     **FAMILIES,
+    "biformer_stl": Small("biformer_stl", _BIFORMER, _WIDTHS, floor=True),
+    "biformer_stl_nchw": Small("biformer_stl_nchw", _BIFORMER, _WIDTHS, floor=True),
     "davit_fl": Small("davit_base_fl", _DAVIT, _WIDTHS),
     "maxvit_rw": Small("maxvit_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),
     "maxvit_rmlp": Small("maxvit_rmlp_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),

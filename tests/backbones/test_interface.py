@@ -274,9 +274,10 @@ def test_dropout_acts_in_training_only(variant):
 
 def test_meta_device_and_type_reach_every_tensor(variant):
     model = variant.create(device="meta", dtype=torch.float16)
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+    for name, value in model.state_dict().items():
         assert value.is_meta, name
         assert value.dtype in (torch.float16, torch.int64), name
+    assert all(buffer.is_meta for buffer in model.buffers())
 
 
 def test_parameters_fall_into_layers(variant):
