@@ -283,9 +283,10 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     args = (ctx.num_heads, ctx.rows, ctx.cols, ctx.height, ctx.width, ctx.scale)
-    grad_qkv, grad_pad = _backward(grad.contiguous(), *ctx.saved_tensors, *args)
-    grad_pad = None if ctx.saved_tensors[2] is None else grad_pad
-    return grad_qkv, None, grad_pad, *(None for _ in args)
+    # once: checkpointing recomputes them at every access
+    qkv, regions, pad, *results = ctx.saved_tensors
+    grad_qkv, grad_pad = _backward(grad.contiguous(), qkv, regions, pad, *results, *args)
+    return grad_qkv, None, None if pad is None else grad_pad, *(None for _ in args)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
