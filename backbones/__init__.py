@@ -18,13 +18,17 @@ from ._registry import (  # noqa: E402
     restore_timm_models,
 )
 from ._version import __version__  # noqa: E402
+from .biformer import BiFormer  # noqa: E402
 from .davit import DaViT  # noqa: E402
 from .maxvit import MaxViT  # noqa: E402
+from .ravlt import RAVLT  # noqa: E402
 from .shvit import SHViT  # noqa: E402
 
 log_replaced()
 
 __all__ = [
+    "RAVLT",
+    "BiFormer",
     "DaViT",
     "MaxViT",
     "SHViT",

@@ -9,7 +9,7 @@ import timm.models
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.pretrained import Weights, WeightsError, load_weights
+from backbones.pretrained import Weights, WeightsError, load_weights, weights_tables
 
 try:
     from timm.models._input import update_model_input_size
@@ -131,9 +131,17 @@ def _locate(variant: str, cfg: PretrainedCfg) -> tuple[str, str | None]:
         return f"hf-hub:{cfg.hf_hub_id}", cfg.hf_hub_filename
     if cfg.url:
         return cfg.url, None
-    raise WeightsError(
-        f"{variant}: no pretrained weights are known; pass pretrained=False, or a file of your own "
-        f"as pretrained_cfg_overlay=dict(file=...)"
+    raise WeightsError(f"{variant}: {_why_nowhere(f'{variant}.{cfg.tag}')}")
+
+
+def _why_nowhere(name: str) -> str:
+    """Why weights cannot be downloaded, and what to do."""
+    for row in (row for table in weights_tables().values() for row in table):
+        if row.name == name and row.hub_id is None:
+            return row.note
+    return (
+        "no pretrained weights are known; pass pretrained=False, or a file of your own as "
+        "pretrained_cfg_overlay=dict(file=...)"
     )
 
 

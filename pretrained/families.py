@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from . import davit, maxvit, shvit
+from . import biformer, davit, maxvit, ravlt, shvit
 from .errors import WeightsError
 from .table import Weights
 
@@ -27,7 +27,13 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {"davit": davit, "maxvit": maxvit, "shvit": shvit}
+FAMILIES: dict[str, Family] = {
+    "biformer": biformer,
+    "davit": davit,
+    "maxvit": maxvit,
+    "ravlt": ravlt,
+    "shvit": shvit,
+}
 
 # modules of timm that are not named as the family
 _TIMM_MODULES = {"maxxvit": "maxvit"}

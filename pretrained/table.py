@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .errors import WeightsError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -15,7 +17,7 @@ class Weights:
 
     Attributes:
         name: `model.tag`, as timm writes it.
-        hub_id: `org/repo` on the hub.
+        hub_id: `org/repo` on the hub, or None if they are not there; `note` says what to do then.
         filename: The file in that repository.
         revision: Commit of that repository (40 hex digits), or None while it is not known; the
             hub's main branch is used then.
@@ -34,7 +36,7 @@ class Weights:
     """
 
     name: str
-    hub_id: str
+    hub_id: str | None
     filename: str = "model.safetensors"
     revision: str | None = None
     sha256: str | None = None
@@ -57,5 +59,11 @@ class Weights:
 
     @property
     def location(self) -> str:
-        """The weights as a location that `load_weights` understands."""
+        """The weights as a location that `load_weights` understands.
+
+        Raises:
+            WeightsError: They cannot be downloaded.
+        """
+        if self.hub_id is None:
+            raise WeightsError(f"{self.name} cannot be downloaded: {self.note}")
         return f"hf-hub:{self.hub_id}" + (f"@{self.revision}" if self.revision else "")

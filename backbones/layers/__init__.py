@@ -1,22 +1,32 @@
 """Small layers that the families share."""
 
 from .conv_norm import ConvNorm, ConvNormAct, NormLinear, Residual
+from .depthwise_mlp import DepthwiseMlp
 from .dual_attention import ChannelAttention, ConvAttentionBlock, WindowAttention
 from .mbconv import ConvStem, MBConv
 from .multi_axis import MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
 from .partition_attention import PartitionAttention, PartitionBlock
 from .position_conv import ConvPositionEncoding
+from .projection_head import ProjectionHead
+from .rank_augmented_attention import RankAugmentedAttention, RotaryAttention
 from .relative_position import RelativePositionBias, RelativePositionBiasTf, RelativePositionMlp
+from .rotary import RotaryPosition
+from .routing_attention import BiLevelRoutingAttention, LepeAttention, RoutingBlock
 from .squeeze_excite import SqueezeExcite
+from .stage import ChannelsLastStage
 from .strided import PatchConv2d
 
 __all__ = [
+    "BiLevelRoutingAttention",
     "ChannelAttention",
+    "ChannelsLastStage",
     "ConvAttentionBlock",
     "ConvNorm",
     "ConvNormAct",
     "ConvPositionEncoding",
     "ConvStem",
+    "DepthwiseMlp",
+    "LepeAttention",
     "MBConv",
     "MultiAxisBlock",
     "MultiAxisStage",
@@ -25,10 +35,15 @@ __all__ = [
     "PartitionAttention",
     "PartitionBlock",
     "PatchConv2d",
+    "ProjectionHead",
+    "RankAugmentedAttention",
     "RelativePositionBias",
     "RelativePositionBiasTf",
     "RelativePositionMlp",
     "Residual",
+    "RotaryAttention",
+    "RotaryPosition",
+    "RoutingBlock",
     "SqueezeExcite",
     "WindowAttention",
 ]
