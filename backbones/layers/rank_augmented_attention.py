@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor, nn
@@ -116,6 +117,21 @@ class RankAugmentedAttention(GatedRotaryAttention):
             return rank_augmented_attention_reference(qkvg, rotary, self.num_heads, local, True)
         return rank_augmented_attention(qkvg, rotary, self.num_heads, local, True)
 
+    @torch.jit.ignore
+    def token_weights(self, x: Tensor) -> Tensor:
+        """The weights of the keys of a map, for drawing.
+
+        Args:
+            x: Map `(B, H, W, dim)`.
+
+        Returns:
+            Weights `(B, num_heads, H, W)` of sum one.
+        """
+        tokens = self.qkvg(x).flatten(1, 2).unflatten(-1, (4, self.num_heads, -1))
+        q, k = tokens[:, :, 0].transpose(1, 2), tokens[:, :, 1].transpose(1, 2)
+        scores = (1 + F.elu(k)) @ (1 + F.elu(q)).mean(2, keepdim=True).mT
+        return (scores.squeeze(-1) * q.shape[-1] ** -0.5).softmax(-1).unflatten(-1, x.shape[1:3])
+
 
 class RotaryAttention(GatedRotaryAttention):
     """Softmax attention over all tokens; parameters as of `RankAugmentedAttention`."""
@@ -123,9 +139,28 @@ class RotaryAttention(GatedRotaryAttention):
     def attend(self, qkvg: Tensor, rotary: Tensor) -> Tensor:
         """Take queries, keys, values and gate `(B, H, W, 4 * dim)`, return `(B, H, W, dim)`."""
         batch, height, width, _ = qkvg.shape
+        q, k, v = self._rotate(qkvg, rotary)
+        out = F.scaled_dot_product_attention(q, k, v)
+        core = out.transpose(1, 2).reshape(batch, height, width, self.dim)
+        return self.enhance(qkvg, core) * qkvg[..., 3 * self.dim :]
+
+    def _rotate(self, qkvg: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, rotated, and values `(B, num_heads, H * W, D)`."""
         heads = qkvg.unflatten(-1, [4, self.num_heads, self.dim // self.num_heads])
         q, k = apply_rotary(heads[..., 0, :, :], rotary), apply_rotary(heads[..., 1, :, :], rotary)
         parts = [part.flatten(1, 2).transpose(1, 2) for part in (q, k, heads[..., 2, :, :])]
-        out = F.scaled_dot_product_attention(parts[0], parts[1], parts[2])
-        core = out.transpose(1, 2).reshape(batch, height, width, self.dim)
-        return self.enhance(qkvg, core) * qkvg[..., 3 * self.dim :]
+        return parts[0], parts[1], parts[2]
+
+    @torch.jit.ignore
+    def token_weights(self, x: Tensor) -> Tensor:
+        """The weights of the keys of a map, averaged over all queries, for drawing.
+
+        Args:
+            x: Map `(B, H, W, dim)`.
+
+        Returns:
+            Weights `(B, num_heads, H, W)` of sum one.
+        """
+        q, k, _ = self._rotate(self.qkvg(x), self.rotary(x))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return scores.softmax(-1).mean(2).unflatten(-1, x.shape[1:3])
