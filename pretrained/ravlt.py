@@ -25,9 +25,10 @@ def _weights(size: str, top1: float) -> Weights:
         hub_id="aldjalkdf/RAVLT",
         filename=f"RAVLT_{size.upper()}.pth",
         license="mit",
-        top1={"paper": top1},
+        top1={"repository": top1},
         source="arXiv:2411.07635, https://github.com/qhfan/RALA",
         note=(
+            "The accuracy is that of an earlier readme of the repository. "
             "The training script keeps the better of plain and averaged weights, so a file may "
             "hold both, and which one the accuracy is of is not said: see ema= of load_weights. "
             "The licence is that of the hub's card; the official code has none."

@@ -95,7 +95,7 @@ def test_what_is_missing_or_left_over_is_named():
 
 def test_table():
     assert [row.model for row in ravlt.WEIGHTS] == NAMES
-    assert [row.top1["paper"] for row in ravlt.WEIGHTS] == [82.8, 84.4, 85.5, 85.8]
+    assert [row.top1["repository"] for row in ravlt.WEIGHTS] == [82.8, 84.4, 85.5, 85.8]
     assert find_weights("ravlt_s").location == "hf-hub:aldjalkdf/RAVLT"
     assert find_weights("ravlt_s").filename == "RAVLT_S.pth"
     cfg = timm.get_pretrained_cfg("ravlt_l")
