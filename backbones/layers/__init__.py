@@ -3,6 +3,7 @@
 from .conv_norm import ConvNorm, ConvNormAct, NormLinear, Residual
 from .depthwise_mlp import DepthwiseMlp
 from .dual_attention import ChannelAttention, ConvAttentionBlock, WindowAttention
+from .lepe_attention import LepeAttention
 from .mbconv import ConvStem, MBConv
 from .multi_axis import MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
 from .partition_attention import PartitionAttention, PartitionBlock
@@ -11,7 +12,8 @@ from .projection_head import ProjectionHead
 from .rank_augmented_attention import RankAugmentedAttention, RotaryAttention
 from .relative_position import RelativePositionBias, RelativePositionBiasTf, RelativePositionMlp
 from .rotary import RotaryPosition
-from .routing_attention import BiLevelRoutingAttention, LepeAttention, RoutingBlock
+from .routing_attention import BiLevelRoutingAttention
+from .routing_block import RoutingBlock
 from .squeeze_excite import SqueezeExcite
 from .stage import ChannelsLastStage
 from .strided import PatchConv2d

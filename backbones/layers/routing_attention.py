@@ -1,19 +1,18 @@
-"""The attentions of BiFormer and the block around each (arXiv 2303.08810, section 3)."""
+"""Bi-level routing attention (BiFormer, arXiv 2303.08810, section 3.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, Mlp, is_exportable
+from timm.layers import is_exportable
 from torch import Tensor, nn
 
 from backbones.ops import (
     depthwise_conv,
     depthwise_conv_reference,
+    reference_in_use,
     route_regions,
     route_regions_reference,
     routing_attention,
@@ -21,9 +20,7 @@ from backbones.ops import (
 )
 
 from .fold import fold_layer_norm
-from .position_conv import ConvPositionEncoding
-
-_LEPE_SIZE = 5
+from .lepe_attention import lepe
 
 
 def region_grid(height: int, width: int, n_win: int, floor: bool) -> tuple[int, int, int, int]:
@@ -75,6 +72,42 @@ def _values(qkv: Tensor, pad: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return qkv[..., start:], None if pad is None else pad[start:]
 
 
+# a trace would keep the sizes of regions that it saw
+@torch.jit.script_if_tracing
+def _attend_ops(
+    qkv: Tensor,
+    lepe_weight: Tensor,
+    lepe_bias: Tensor | None,
+    pad: Tensor | None,
+    num_heads: int,
+    n_win: int,
+    topk: int,
+) -> Tensor:
+    """Attend to the best regions, and add the LEPE of the values, by registered ops."""
+    count, size, edge = _layout(qkv, pad, n_win, lepe_weight.shape[3] // 2)
+    regions = route_regions(qkv, topk, count, size, pad)
+    x = routing_attention(qkv, regions, num_heads, count, size, pad)
+    v, border = _values(qkv, pad)
+    return depthwise_conv(v, lepe_weight, lepe_bias, x, border=border, border_size=edge)
+
+
+def _attend_reference(
+    qkv: Tensor,
+    lepe_weight: Tensor,
+    lepe_bias: Tensor | None,
+    pad: Tensor | None,
+    num_heads: int,
+    n_win: int,
+    topk: int,
+) -> Tensor:
+    """Do the same in plain, differentiable PyTorch."""
+    count, size, edge = _layout(qkv, pad, n_win, lepe_weight.shape[3] // 2)
+    regions = route_regions_reference(qkv, topk, count, size, pad)
+    x = routing_attention_reference(qkv, regions, num_heads, count, size, pad)
+    v, border = _values(qkv, pad)
+    return depthwise_conv_reference(v, lepe_weight, lepe_bias, x, border=border, border_size=edge)
+
+
 # one call in a graph of torch.fx, which cannot compute sizes of regions
 @torch.fx.wrap
 def _attend(
@@ -85,31 +118,13 @@ def _attend(
     num_heads: int,
     n_win: int,
     topk: int,
+    exportable: bool,
 ) -> Tensor:
-    """Attend to the best regions, and add the LEPE of the values."""
-    count, size, edge = _layout(qkv, pad, n_win, lepe_weight.shape[3] // 2)
-    regions = route_regions(qkv, topk, count, size, pad)
-    x = routing_attention(qkv, regions, num_heads, count, size, pad)
-    v, border = _values(qkv, pad)
-    return depthwise_conv(v, lepe_weight, lepe_bias, x, border=border, border_size=edge)
-
-
-@torch.fx.wrap
-def _attend_reference(
-    qkv: Tensor,
-    lepe_weight: Tensor,
-    lepe_bias: Tensor | None,
-    pad: Tensor | None,
-    num_heads: int,
-    n_win: int,
-    topk: int,
-) -> Tensor:
-    """Do the same without registered ops."""
-    count, size, edge = _layout(qkv, pad, n_win, lepe_weight.shape[3] // 2)
-    regions = route_regions_reference(qkv, topk, count, size, pad)
-    x = routing_attention_reference(qkv, regions, num_heads, count, size, pad)
-    v, border = _values(qkv, pad)
-    return depthwise_conv_reference(v, lepe_weight, lepe_bias, x, border=border, border_size=edge)
+    if torch.jit.is_scripting():
+        return _attend_ops(qkv, lepe_weight, lepe_bias, pad, num_heads, n_win, topk)
+    else:
+        attend = _attend_reference if exportable or reference_in_use() else _attend_ops
+        return attend(qkv, lepe_weight, lepe_bias, pad, num_heads, n_win, topk)
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -184,7 +199,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.channels_first = channels_first
         self.exportable = is_exportable()
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.lepe = _lepe(dim, **dd)
+        self.lepe = lepe(dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.register_buffer("outside", None)
 
@@ -198,11 +213,16 @@ class BiLevelRoutingAttention(nn.Module):
         """Take and return a map `(B, H, W, dim)`, or `(B, dim, H, W)` with `channels_first`."""
         if self.channels_first:
             x = x.permute(0, 2, 3, 1)
-        qkv, weight, bias, pad = self.qkv(x), self.lepe.weight, self.lepe.bias, self._pad()
-        if self.exportable:
-            x = _attend_reference(qkv, weight, bias, pad, self.num_heads, self.n_win, self.topk)
-        else:
-            x = _attend(qkv, weight, bias, pad, self.num_heads, self.n_win, self.topk)
+        x = _attend(
+            self.qkv(x),
+            self.lepe.weight,
+            self.lepe.bias,
+            self._pad(),
+            self.num_heads,
+            self.n_win,
+            self.topk,
+            self.exportable,
+        )
         x = self.proj(x)
         return x.permute(0, 3, 1, 2) if self.channels_first else x
 
@@ -237,112 +257,3 @@ class BiLevelRoutingAttention(nn.Module):
         if norm.weight is not None and not self.floor_regions:
             self.outside = self.qkv.bias.detach().clone()
         return fold_layer_norm(norm, self.qkv)
-
-
-class LepeAttention(nn.Module):
-    """Multi-head attention over all tokens of a map, plus a local enhancement.
-
-    Scores are scaled by the width of a head, those of `BiLevelRoutingAttention` by that of the map.
-
-    Args:
-        dim: Channels of the map.
-        num_heads: Heads.
-        lepe_on_values: Enhance the values, as in `biformer_stl_nchw`, instead of what comes in.
-        device: Where parameters are made.
-        dtype: Their type.
-    """
-
-    __constants__ = ("exportable",)
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        lepe_on_values: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.lepe_on_values = lepe_on_values
-        self.exportable = is_exportable()
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.lepe = _lepe(dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take and return a map `(B, H, W, dim)`."""
-        batch, height, width, dim = x.shape
-        qkv = self.qkv(x)
-        parts = qkv.reshape(batch, height * width, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
-        y = y.transpose(1, 2).reshape(batch, height, width, dim)
-        local = qkv[..., 2 * dim :] if self.lepe_on_values else x
-        if self.exportable:
-            y = depthwise_conv_reference(local, self.lepe.weight, self.lepe.bias, y)
-        else:
-            y = depthwise_conv(local, self.lepe.weight, self.lepe.bias, y)
-        return self.proj(y)
-
-    def fold_norm(self, norm: nn.LayerNorm) -> nn.LayerNorm:
-        """Take over weight and bias of the norm before, unless the enhancement needs them too."""
-        return fold_layer_norm(norm, self.qkv) if self.lepe_on_values else norm
-
-
-def _lepe(dim: int, **dd: Any) -> nn.Conv2d:
-    return nn.Conv2d(dim, dim, _LEPE_SIZE, padding=_LEPE_SIZE // 2, groups=dim, **dd)
-
-
-class RoutingBlock(nn.Module):
-    """Position encoding, attention and a feed forward network, the latter two with a residual.
-
-    The position encoding computes the norm behind it, from the parameters of `norm1`: this module
-    is not called then, nor are its hooks.
-
-    Args:
-        dim: Width of the map.
-        attention: Makes the attention: `attention(dim, device=, dtype=)`.
-        mlp_ratio: Hidden width over width of the feed forward network.
-        position_encoding: Whether there is one.
-        drop_path: Probability that training drops a branch.
-        device: Where parameters are made.
-        dtype: Their type.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attention: Callable[..., BiLevelRoutingAttention | LepeAttention],
-        mlp_ratio: int,
-        position_encoding: bool = True,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.cpe = ConvPositionEncoding(dim, **dd) if position_encoding else None
-        self.norm1 = LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = attention(dim, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, mlp_ratio * dim, act_layer=nn.GELU, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take and return a map `(B, H, W, dim)`."""
-        if self.cpe is None:
-            y = self.norm1(x)
-        else:
-            x, y = self.cpe(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
-        x = x + self.drop_path1(self.attn(y))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-    @torch.no_grad()
-    def fuse(self) -> RoutingBlock:
-        """Fold norm weights into the linear layers; return the block."""
-        self.norm1 = self.attn.fold_norm(self.norm1)
-        self.norm2 = fold_layer_norm(self.norm2, self.mlp.fc1)
-        return self
