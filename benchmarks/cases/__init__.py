@@ -10,6 +10,7 @@ from . import (
     depthwise_conv,
     depthwise_conv_norm,
     partial_attention,
+    routing_attention,
     window_attention,
 )
 from ._case import Case, Floor, Tensors
@@ -18,6 +19,7 @@ _OPS = (
     window_attention,
     channel_attention,
     partial_attention,
+    routing_attention,
     depthwise_conv,
     depthwise_conv_norm,
 )

@@ -1,12 +1,19 @@
 """What each op is compared with."""
 
-from . import channel_attention, depthwise_conv, partial_attention, window_attention
+from . import (
+    channel_attention,
+    depthwise_conv,
+    partial_attention,
+    routing_attention,
+    window_attention,
+)
 from ._peer import Compile, Outputs, Peer, Peers, outputs
 
 PEERS: dict[str, Peers] = {
     "window_attention": window_attention.PEERS,
     "channel_attention": channel_attention.PEERS,
     "partial_attention": partial_attention.PEERS,
+    "routing_attention": routing_attention.PEERS,
     "depthwise_conv": depthwise_conv.PEERS,
     "depthwise_conv_norm": depthwise_conv.PEERS,
 }
