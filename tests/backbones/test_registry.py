@@ -31,8 +31,8 @@ FAMILIES = ["davit*", "maxvit*", "shvit*"]
 def state():
     names = timm.list_models(FAMILIES, include_tags=True)
     cfgs = {n: timm.get_pretrained_cfg(n).to_dict() for n in names}
-    # timm's module of MaxViT has another name
-    modules = set(timm.list_modules()) - {"maxvit"}
+    # timm's module of MaxViT has another name, and it has none of the others
+    modules = set(timm.list_modules()) - {"biformer", "maxvit", "ravlt"}
     return names, cfgs, timm.list_models(FAMILIES, pretrained=True), modules
 before = state()
 import backbones
@@ -41,23 +41,27 @@ model = timm.create_model("shvit_s1.in1k", device="meta")
 assert type(model) is backbones.SHViT
 assert model.pretrained_cfg["hf_hub_id"] == "timm/shvit_s1.in1k"
 assert type(timm.models.shvit.shvit_s1(device="meta")) is not backbones.SHViT
-names = backbones.list_models()
+names = [n for family in ("davit", "maxvit", "shvit") for n in backbones.list_models(family)]
 assert backbones.restore_timm_models() == names
+assert backbones.list_models("ravlt") == ["ravlt_b", "ravlt_l", "ravlt_s", "ravlt_t"]
 assert type(timm.create_model("shvit_s1.in1k", device="meta")).__module__ == "timm.models.shvit"
 assert state() == before
 assert backbones.restore_timm_models() == []
 """)
     (line,) = (line for line in out.splitlines() if "replaced" in line)
-    names = ", ".join(backbones.list_models())
+    families = ("davit", "maxvit", "shvit")
+    names = ", ".join(name for family in families for name in backbones.list_models(family))
     assert line == (f"backbones replaced timm's {names}; backbones.restore_timm_models() undoes it")
 
 
 def test_environment_variable_keeps_timms_models():
     code = (
         "import backbones, timm; print(type(timm.create_model('shvit_s1', device='meta'))"
-        ".__module__, backbones.list_models())"
+        ".__module__, *backbones.list_models())"
     )
-    assert python(code, BACKBONES_KEEP_TIMM="1").split() == ["timm.models.shvit", "[]"]
+    module, *names = python(code, BACKBONES_KEEP_TIMM="1").split()
+    assert module == "timm.models.shvit"
+    assert names == [*backbones.list_models("biformer"), *backbones.list_models("ravlt")]
     assert python(code, BACKBONES_KEEP_TIMM="0").startswith("backbones.shvit")
 
 
