@@ -8,8 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import BiLevelRoutingAttention, RankAugmentedAttention, RotaryAttention
-from .layers.routing_attention import LepeAttention
+from .layers import (
+    BiLevelRoutingAttention,
+    LepeAttention,
+    RankAugmentedAttention,
+    RotaryAttention,
+)
 
 
 class Call(NamedTuple):
