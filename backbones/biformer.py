@@ -252,8 +252,7 @@ def _fixed_norm(norm: nn.BatchNorm2d) -> nn.Conv2d:
     Folding it into the classifier would change the features that users take before it.
     """
     scale, shift = batch_norm_affine(norm)
-    dim, dd = norm.num_features, {"device": scale.device, "dtype": scale.dtype}
-    conv = nn.Conv2d(dim, dim, 1, groups=dim, **dd)
+    conv = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features)
     conv.weight = nn.Parameter(scale.reshape(-1, 1, 1, 1))
     conv.bias = nn.Parameter(shift)
     return conv.train(norm.training)

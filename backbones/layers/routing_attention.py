@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.fx
@@ -49,7 +49,7 @@ def _at_least(value: int, least: int) -> int:
         # a trace sees sizes as tensors
         if isinstance(value, Tensor):
             return value.clamp(min=least)
-        return torch.sym_max(value, least)
+        return cast(int, torch.sym_max(value, least))
 
 
 def _layout(
@@ -250,7 +250,8 @@ class BiLevelRoutingAttention(nn.Module):
         """
         if self.channels_first:
             x = x.permute(0, 2, 3, 1)
-        return route_regions(self.qkv(x), self.topk, *self.grid(*x.shape[1:3]), self._pad())
+        num_regions, region_size = self.grid(x.shape[1], x.shape[2])
+        return route_regions(self.qkv(x), self.topk, num_regions, region_size, self._pad())
 
     def fold_norm(self, norm: nn.LayerNorm) -> nn.LayerNorm:
         """Take over weight and bias of the norm before; tokens outside the map keep theirs."""
