@@ -40,8 +40,8 @@ from ._regions import (
     validate,
 )
 
-# scores held at once, per block of regions: 4 MB in float32, so that they stay in cache
-_BLOCK_SCORES = 1 << 20
+# scores, keys and values held at once, per block of regions: 4 MB in float32, to stay in cache
+_BLOCK = 1 << 20
 
 
 def routing_attention_reference(
@@ -104,18 +104,18 @@ class _Tokens:
         at: Regions,
         scale: float,
     ) -> None:
-        self.num_heads, self.at, self.scale, self.size = num_heads, at, scale, qkv.shape[1:3]
-        self.inside, dtype = inside(qkv, at), accumulation_dtype(qkv.dtype)
-        tokens = pad_tokens(partition(qkv, at).to(dtype), self.inside, pad).flatten(0, 1)
+        self.num_heads, self.at, self.scale = num_heads, at, scale
+        tokens = partition(qkv, at).to(accumulation_dtype(qkv.dtype))
+        tokens = pad_tokens(tokens, inside(qkv, at), pad).flatten(0, 1)
         channels = qkv.shape[-1] // 3
         # keys beside their values: both are taken at once
         self.q, self.pairs = tokens.split((channels, 2 * channels), dim=-1)
         self.chosen = flat_index(regions)
 
     def blocks(self) -> Iterator[slice]:
-        """Slices over the regions that bound the scores held at once."""
-        scores = self.num_heads * self.at.tokens**2 * self.chosen.shape[1]
-        step = max(1, _BLOCK_SCORES // scores)
+        """Slices over the regions that bound the scores, keys and values held at once."""
+        keys = self.at.tokens * self.chosen.shape[1]
+        step = max(1, _BLOCK // (keys * (self.num_heads * self.at.tokens + self.pairs.shape[-1])))
         for start in range(0, len(self.q), step):
             yield slice(start, start + step)
 
@@ -140,10 +140,11 @@ class _Tokens:
         else:
             total.index_add_(0, index, pairs)
 
-    def merge(self, tokens: Tensor) -> Tensor:
-        """The map `(B, H, W, C)` of regions `(B * R, t, C)`."""
-        batch = len(tokens) // self.at.count
-        return merge(tokens.unflatten(0, (batch, self.at.count)), self.at, *self.size)
+
+def _merge(tokens: Tensor, at: Regions, like: Tensor) -> Tensor:
+    """The map of regions `(B * R, t, channels)`, of the size of another one."""
+    batch, height, width, _ = like.shape
+    return merge(tokens.unflatten(0, (batch, at.count)), at, height, width)
 
 
 def _forward_pytorch(
@@ -159,7 +160,7 @@ def _forward_pytorch(
             scores = tokens.scores(q, k)
             lse[block] = scores.logsumexp(dim=-1).mT
             out[block] = _join_heads(scores.softmax(dim=-1) @ v)
-        return tokens.merge(out).to(qkv.dtype), tokens.merge(lse)
+        return _merge(out, tokens.at, qkv).to(qkv.dtype), _merge(lse, tokens.at, qkv)
 
 
 def _backward_pytorch(
@@ -173,31 +174,37 @@ def _backward_pytorch(
     *args: Any,
 ) -> tuple[Tensor, Tensor]:
     *layout, scale = args
+    at = Regions(*layout)
     with torch.autocast(qkv.device.type, enabled=False):
-        tokens = _Tokens(qkv, regions, pad, num_heads, Regions(*layout), scale)
-        grad = partition(grad, tokens.at).flatten(0, 1).to(tokens.q.dtype)
-        sums = torch.zeros_like(torch.cat([tokens.q, tokens.pairs], -1))
-        channels = grad.shape[-1]
-        for block in tokens.blocks():
-            q, k, v = tokens.load(block)
-            g = _split_heads(grad[block], num_heads)
-            attention = tokens.scores(q, k).softmax(dim=-1)
-            da = g @ v.mT
-            ds = attention * (da - (attention * da).sum(dim=-1, keepdim=True))
-            ds *= scale
-            sums[block, :, :channels] = _join_heads(ds @ k)
-            tokens.add_pairs(sums[..., channels:], block, (ds.mT @ q, attention.mT @ g))
-        grad_pad = qkv.new_empty(0) if pad is None else _pad_gradient(sums, tokens).to(pad.dtype)
-        return tokens.merge(sums).to(qkv.dtype), grad_pad
+        sums = _token_gradients(grad, _Tokens(qkv, regions, pad, num_heads, at, scale))
+        grad_pad = qkv.new_empty(0)
+        if pad is not None:
+            grad_pad = _pad_gradient(sums, inside(qkv, at)).to(pad.dtype)
+        return _merge(sums, at, qkv).to(qkv.dtype), grad_pad
 
 
-def _pad_gradient(sums: Tensor, tokens: _Tokens) -> Tensor:
+def _token_gradients(grad: Tensor, tokens: _Tokens) -> Tensor:
+    """Gradients `(B * R, t, 3C)` of all tokens, those outside the map included."""
+    grad, channels = partition(grad, tokens.at).flatten(0, 1), grad.shape[-1]
+    sums = tokens.q.new_zeros((*grad.shape[:-1], 3 * channels))
+    for block in tokens.blocks():
+        q, k, v = tokens.load(block)
+        g = _split_heads(grad[block].to(q.dtype), tokens.num_heads)
+        attention = tokens.scores(q, k).softmax(dim=-1)
+        da = g @ v.mT
+        ds = attention * (da - (attention * da).sum(dim=-1, keepdim=True))
+        ds *= tokens.scale
+        sums[block, :, :channels] = _join_heads(ds @ k)
+        tokens.add_pairs(sums[..., channels:], block, (ds.mT @ q, attention.mT @ g))
+    return sums
+
+
+def _pad_gradient(sums: Tensor, real: Tensor | None) -> Tensor:
     """Sum the gradients `(B * R, t, 3C)` of the tokens outside the map."""
-    if tokens.inside is None:
+    if real is None:
         return sums.new_zeros(sums.shape[-1])
-    outside = ~tokens.inside
-    images = sums.unflatten(0, (len(sums) // len(outside), len(outside)))
-    return images[:, outside].sum((0, 1))
+    images = sums.unflatten(0, (len(sums) // len(real), len(real)))
+    return images[:, ~real].sum((0, 1))
 
 
 @torch.library.custom_op(

@@ -99,7 +99,7 @@ def test_regions_are_taken_in_blocks_without_a_seam(monkeypatch):
         return [out, *torch.autograd.grad((out * call.weight()).sum(), inputs)]
 
     whole = results()
-    monkeypatch.setattr(module, "_BLOCK_SCORES", 500)
+    monkeypatch.setattr(module, "_BLOCK", 500)
     for value, expected in zip(results(), whole, strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
 
@@ -179,7 +179,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_never_holds_a_copy_of_all_chosen_keys(monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK_SCORES", 1 << 12)
+    monkeypatch.setattr(module, "_BLOCK", 1 << 12)
     call = Call("", (1, 28, 28), (7, 7), (4, 4), topk=16, heads=1, dim=4)
     (qkv, _), layout = call.inputs(), (*call.num_regions, *call.region_size)
     arguments = (call.regions(), None, 1, *layout, 0.5)
