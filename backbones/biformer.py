@@ -41,8 +41,6 @@ from .layers.pointwise import replace_linear
 
 __all__ = ["BiFormer"]
 
-_N_WIN = 7
-
 
 class ConvStem(nn.Module):
     """Two 3x3 convolutions of stride 2 with BatchNorm, and GELU between them.
@@ -166,7 +164,7 @@ class BiFormer(HeadedBackbone):
         depths: Sequence[int] = (2, 2, 8, 2),
         num_heads: Sequence[int] = (2, 4, 8, 8),
         mlp_ratio: int = 3,
-        n_win: int = _N_WIN,
+        n_win: int = 7,
         topks: Sequence[int | None] = (1, 4, 16, None),
         patches: bool = False,
         pointwise: bool = False,
