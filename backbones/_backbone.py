@@ -1,6 +1,6 @@
 """What every family shares: input check, stages, intermediate features, pruning."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -277,7 +277,7 @@ class HeadedBackbone(Backbone):
         pool = self.head.global_pool.pool_type if global_pool is None else global_pool
         check_pool(pool)
         like = next(self.parameters())
-        dd = {"device": like.device, "dtype": like.dtype}
+        dd: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         if isinstance(self.head, (NormMlpClassifierHead, ProjectionHead)) and not reset_other:
             self.head.reset(num_classes, pool)
             self.head.to(**dd)

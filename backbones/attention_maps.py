@@ -61,7 +61,7 @@ def attention_calls(model: nn.Module, image: Tensor, *layers: type[nn.Module]) -
         The calls of all layers of these classes, in order.
     """
     calls: list[Call] = []
-    strides = [info["reduction"] for info in model.feature_info]
+    strides = [info["reduction"] for info in model.feature_info]  # type: ignore[union-attr]
     handles = []
     for name, module in model.named_modules():
         if not isinstance(module, layers):

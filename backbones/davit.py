@@ -26,7 +26,6 @@ from timm.layers import (
     calculate_drop_path_rates,
     trunc_normal_,
 )
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from backbones.pretrained import convert_state_dict
@@ -35,7 +34,13 @@ from backbones.pretrained.davit import WEIGHTS
 from ._backbone import HeadedBackbone, check_pool
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
-from .layers import ChannelAttention, ConvAttentionBlock, PatchConv2d, WindowAttention
+from .layers import (
+    ChannelAttention,
+    ChannelsLastStage,
+    ConvAttentionBlock,
+    PatchConv2d,
+    WindowAttention,
+)
 from .layers.dual_attention import Attention
 
 __all__ = ["DaViT"]
@@ -94,30 +99,6 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, in_dim, H, W)`, return `(B, dim, ceil(H / 2), ceil(W / 2))`."""
         return self.conv(self.norm(x))
-
-
-class Stage(nn.Module):
-    """Pairs of blocks of one width, after a downsampling if there is one.
-
-    Args:
-        downsample: What comes before the blocks.
-        blocks: Pairs of blocks on maps `(B, H, W, dim)`.
-    """
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take a map `(B, in_dim, H, W)`, return the stage's `(B, dim, H, W)`."""
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
 
 
 class DaViT(HeadedBackbone):
@@ -179,7 +160,7 @@ class DaViT(HeadedBackbone):
             attentions = _attentions(heads, (window_size, window_size), channel_attn_v2)
             downsample = Downsample(in_dim, dim, down_kernel_size, **dd) if i else nn.Identity()
             pairs = [_pair(dim, attentions, rate, named_blocks, **dd) for rate in rates[i]]
-            stages.append(Stage(downsample, pairs))
+            stages.append(ChannelsLastStage(downsample, pairs))
             self.feature_info.append(
                 {"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"}
             )

@@ -114,7 +114,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, in_dim, H, W)`, return the stage's `(B, dim, H, W)`."""
         x = self.downsample(x).permute(0, 2, 3, 1)
-        rotary = self.blocks[0].attn.rotary(x)
+        rotary = self.blocks[0].attn.rotary(x)  # type: ignore[union-attr, operator]
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, rotary, use_reentrant=False)
@@ -231,7 +231,8 @@ def _check_stages(
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -155,7 +155,7 @@ def load_model(name: str, checkpoint: str | None, untrained: bool) -> nn.Module:
 
 def normalised(image: Image.Image, model: nn.Module) -> Tensor:
     """The batch `(1, 3, H, W)` that a model takes."""
-    cfg = model.pretrained_cfg
+    cfg: Any = model.pretrained_cfg
     tensor = transforms.to_tensor(image)
     mean, std = cfg.get("mean") or (0.5,) * 3, cfg.get("std") or (0.5,) * 3
     return transforms.normalize(tensor, mean, std)[None]

@@ -232,8 +232,9 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         return _route_regions_macs(get_shape(inputs[0]), rows * cols)
 
     def routing_attention(inputs: list[Any], outputs: list[Any]) -> int:
+        qkv, regions = get_shape(inputs[0]), get_shape(inputs[1])
         size = [i.toIValue() for i in inputs[6:8]]
-        return 2 * _routing_attention_product(*(get_shape(i) for i in inputs[:2]), size)
+        return 2 * _routing_attention_product(qkv, regions, size)
 
     def attention(inputs: list[Any], outputs: list[Any]) -> int:
         query, key, value = (get_shape(i) for i in inputs[:3])

@@ -70,9 +70,10 @@ def _check_names(
     found += [f"left over {_list(left_over)}"] if left_over else []
     if not found:
         return
-    if _has_norms(given) and not _has_norms(target):
+    norms_given, norms_target = _count_norms(given, target), _count_norms(target, given)
+    if norms_given and not norms_target:
         fix = "the model's norms are folded away: load the weights before fuse()"
-    elif _has_norms(target) and not _has_norms(given):
+    elif norms_target and not norms_given:
         fix = "the weights are of a fused model: fuse() the model first"
     elif all(name.startswith(heads) for name in (*missing, *left_over)):
         fix = "they have no classifier: use num_classes=0 or require_head=False"
@@ -81,8 +82,10 @@ def _check_names(
     raise WeightsError(f"the weights do not fit the model: {'; '.join(found)}; {fix}")
 
 
-def _has_norms(names: Collection[str]) -> bool:
-    return any(name.endswith((".running_mean", ".norm1.weight")) for name in names)
+def _count_norms(names: Collection[str], others: Collection[str]) -> int:
+    """How many norms there are of the kind that `fuse()` folds away, of two sets of names."""
+    batch = any(name.endswith(".running_mean") for name in (*names, *others))
+    return sum(name.endswith(".running_mean" if batch else ".norm1.weight") for name in names)
 
 
 def _check_shapes(

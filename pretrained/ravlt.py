@@ -111,8 +111,8 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _our_name(name: str) -> str:
     if match := _STEM.fullmatch(name):
         # convolution, norm and activation count
-        layer, part = divmod(int(match[1]), 3)
-        return f"stem.{layer}.{('conv', 'bn', 'act')[part]}.{match[2]}"
+        layer, kind = divmod(int(match[1]), 3)
+        return f"stem.{layer}.{('conv', 'bn', 'act')[kind]}.{match[2]}"
     if match := _GAMMA.fullmatch(name):
         return f"stages.{match[1]}.blocks.{match[2]}.ls{match[3]}.gamma"
     if match := _BLOCK.fullmatch(name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm.layers
 import torch
@@ -69,6 +69,10 @@ class ConvNormAct(timm.layers.ConvNormAct):
         device: Where parameters are made.
         dtype: Their type.
     """
+
+    # torch.jit.script stumbles over annotations of a module class
+    if TYPE_CHECKING:
+        bn: nn.Module
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -33,6 +33,10 @@ class RotaryPosition(nn.Module):
     Raises:
         ValueError: A `head_dim` that is no multiple of 4.
     """
+
+    # torch.jit.script stumbles over annotations of a module class
+    if TYPE_CHECKING:
+        theta: Tensor
 
     def __init__(self, head_dim: int, device: Any = None) -> None:
         super().__init__()

@@ -93,7 +93,7 @@ def test_missing_classifier_passes_without_require_head(official):
     assert "head.l.weight" not in converted and "patch_embed.0.c.weight" in converted
 
 
-@pytest.mark.parametrize("name", ["shvit_s1", "davit_tiny"])
+@pytest.mark.parametrize("name", ["shvit_s1", "davit_tiny", "biformer_tiny", "ravlt_t"])
 def test_fused_models(name):
     plain, fused = timm.create_model(name), timm.create_model(name).fuse()
     with pytest.raises(WeightsError, match="load the weights before fuse"):
