@@ -13,7 +13,7 @@ Nothing depends on the image size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import DropPath, LayerNorm, LayerScale, calculate_drop_path_rates, trunc_normal_
@@ -105,6 +105,10 @@ class Stage(nn.Module):
         blocks: On maps `(B, H, W, dim)`.
     """
 
+    # torch.jit.script stumbles over annotations of a module class
+    if TYPE_CHECKING:
+        blocks: Any
+
     def __init__(self, downsample: nn.Module, blocks: Sequence[Block]) -> None:
         super().__init__()
         self.grad_checkpointing = False
@@ -114,7 +118,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, in_dim, H, W)`, return the stage's `(B, dim, H, W)`."""
         x = self.downsample(x).permute(0, 2, 3, 1)
-        rotary = self.blocks[0].attn.rotary(x)  # type: ignore[union-attr, operator]
+        rotary = self.blocks[0].attn.rotary(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, rotary, use_reentrant=False)
