@@ -21,7 +21,7 @@ class Regions(NamedTuple):
     width: int
 
     @property
-    def count(self) -> int:
+    def regions(self) -> int:
         """Regions R."""
         return self.rows * self.cols
 
@@ -41,7 +41,7 @@ def partition(x: Tensor, at: Regions) -> Tensor:
     if not at.filled(height, width):
         x = F.pad(x, (0, 0, 0, at.cols * at.width - width, 0, at.rows * at.height - height))
     x = x.reshape(batch, at.rows, at.height, at.cols, at.width, channels).transpose(2, 3)
-    return x.reshape(batch, at.count, at.tokens, channels)
+    return x.reshape(batch, at.regions, at.tokens, channels)
 
 
 def merge(x: Tensor, at: Regions, height: int, width: int) -> Tensor:

@@ -74,7 +74,7 @@ _route.register_kernel("mps")(_route_pytorch)
 
 @_route.register_fake
 def _(qkv: Tensor, pad: Tensor | None, topk: int, *args: Any) -> Tensor:
-    return qkv.new_empty((qkv.shape[0], Regions(*args).count, topk), dtype=torch.int64)
+    return qkv.new_empty((qkv.shape[0], Regions(*args).regions, topk), dtype=torch.int64)
 
 
 def route_regions(

@@ -144,7 +144,7 @@ class _Tokens:
 def _merge(tokens: Tensor, at: Regions, like: Tensor) -> Tensor:
     """The map of regions `(B * R, t, channels)`, of the size of another one."""
     batch, height, width, _ = like.shape
-    return merge(tokens.unflatten(0, (batch, at.count)), at, height, width)
+    return merge(tokens.unflatten(0, (batch, at.regions)), at, height, width)
 
 
 def _forward_pytorch(

@@ -100,7 +100,7 @@ class Sdpa(Expanded):
 
     def __init__(self, case: RoutingCase, compile: Compile) -> None:
         super().__init__(case, compile)
-        if case.batch * (self.at.count * self.at.tokens) ** 2 > _MASK_BYTES:
+        if case.batch * (self.at.regions * self.at.tokens) ** 2 > _MASK_BYTES:
             raise NotImplementedError("a mask of all pairs of tokens does not fit")
 
     def prepare(self, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ class Sdpa(Expanded):
     def run(self, *arguments: Tensor) -> Outputs:
         """Make the mask, attend."""
         q, k, v = arguments
-        count = self.at.count
+        count = self.at.regions
         chosen = torch.zeros(len(q), count, count, dtype=torch.bool, device=q.device)
         chosen.scatter_(2, self.chosen, True)
         mask = chosen.repeat_interleave(self.at.tokens, 1).repeat_interleave(self.at.tokens, 2)
@@ -121,7 +121,7 @@ class Sdpa(Expanded):
 
     def to_map(self, result: Tensor) -> Tensor:
         """Join heads and regions, and crop the map."""
-        tokens = result.transpose(1, 2).flatten(2).unflatten(1, (self.at.count, -1))
+        tokens = result.transpose(1, 2).flatten(2).unflatten(1, (self.at.regions, -1))
         return super().to_map(self._join(tokens))
 
 

@@ -16,15 +16,16 @@ def region_means(qkv: Tensor, pad: Tensor | None, at: Regions) -> Tensor:
     """Compute mean queries and keys `(B, R, 2C)`, float32; see `backbones.ops.route_regions`."""
     batch, height, width, packed = qkv.shape
     channels = packed // 3 * 2
-    means = qkv.new_empty((batch, at.count, channels), dtype=torch.float32)
+    means = qkv.new_empty((batch, at.regions, channels), dtype=torch.float32)
     qkv = rows_contiguous(qkv)
-    programs = batch * at.count * cdiv(channels, _BLOCK_C)
+    pad = None if at.filled(height, width) or pad is None else pad.contiguous()
+    programs = batch * at.regions * cdiv(channels, _BLOCK_C)
     if not programs:
         return means
     with torch.cuda.device_of(qkv):
         region_means_kernel[(programs,)](
-            qkv, None if at.filled(height, width) else pad, means,
-            *qkv.stride()[:3], height, width, at.count, at.cols, at.height, at.width, channels,
+            qkv, pad, means,
+            *qkv.stride()[:3], height, width, at.regions, at.cols, at.height, at.width, channels,
             BLOCK_T=min(32, next_power_of_2(at.tokens)), BLOCK_C=_BLOCK_C,
             num_warps=4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip

@@ -21,8 +21,8 @@ _MASK = 64
 def queries_tile(tokens: int, wide: bool) -> Tile:
     """Tiles of the forward pass and of the gradient of the queries; `wide` for float32."""
     block = min(64, max(16, next_power_of_2(tokens)))
-    tile = Tile(block, 64, num_warps=max(1, block // 16))
-    return tile.doubled() if wide else tile
+    warps = block // 16
+    return Tile(block, 32, 2 * warps, num_stages=1) if wide else Tile(block, 64, warps)
 
 
 def keys_tile(tokens: int, wide: bool) -> Tile:
@@ -32,10 +32,14 @@ def keys_tile(tokens: int, wide: bool) -> Tile:
     return tile.doubled() if wide else tile
 
 
-def dense_tile(wide: bool, backward: bool) -> Tile:
-    """Tiles of both passes over all tokens of an image."""
-    tile = Tile(64, 32 if backward else 64, num_warps=4)
-    return tile.doubled() if wide else tile
+def dense_tile(wide: bool) -> Tile:
+    """Tiles of the forward pass over all tokens of an image."""
+    return Tile(64, 32, num_warps=4, num_stages=1) if wide else Tile(64, 64, num_warps=4)
+
+
+def dense_gradient_tile(wide: bool) -> Tile:
+    """Tiles of the backward pass over all tokens of an image: three sums at once."""
+    return Tile(64, 32, num_warps=8, num_stages=1) if wide else Tile(64, 16, num_warps=4)
 
 
 class _Call:
@@ -53,14 +57,16 @@ class _Call:
         self.qkv, self.regions = rows_contiguous(qkv), regions.contiguous()
         self.batch, self.height, self.width, packed = qkv.shape
         self.at, self.heads, self.scale = at, num_heads, scale
-        self.pad = None if at.filled(self.height, self.width) else pad
+        # read by no token of a map that the regions fill
+        filled = at.filled(self.height, self.width)
+        self.pad = None if filled or pad is None else pad.contiguous()
         self.channels = packed // 3
         self.wide = qkv.dtype == torch.float32
 
     @property
     def is_dense(self) -> bool:
         """Whether programs read all tokens of an image and mask their scores."""
-        return self.at.tokens < _FEW_TOKENS and self.at.count <= _MASK
+        return self.at.tokens < _FEW_TOKENS and self.at.regions <= _MASK
 
     @property
     def masks(self) -> Tensor:
@@ -71,7 +77,7 @@ class _Call:
     def layout(self) -> tuple[int, ...]:
         """Strides of the map, its size, and how it is divided."""
         strides, at = self.qkv.stride()[:3], self.at
-        return *strides, self.height, self.width, at.count, at.cols, at.height, at.width
+        return *strides, self.height, self.width, at.regions, at.cols, at.height, at.width
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         """Compile-time arguments."""
@@ -87,7 +93,7 @@ class _Call:
 
     def programs(self, tokens: int, block: int) -> tuple[int]:
         """The grid: blocks of tokens, of each of the groups that there are of as many."""
-        groups = self.batch * self.at.tokens * self.at.count // tokens
+        groups = self.batch * self.at.tokens * self.at.regions // tokens
         return (groups * self.heads * cdiv(tokens, block),)
 
     def new_vectors(self, parts: int) -> Tensor | None:
@@ -112,8 +118,8 @@ def forward(
         return out, lse
     with torch.cuda.device_of(qkv):
         if call.is_dense:
-            tile = dense_tile(call.wide, False)
-            dense.routing_dense_fwd_kernel[call.programs(at.count * at.tokens, tile.block_m)](
+            tile = dense_tile(call.wide)
+            dense.routing_dense_fwd_kernel[call.programs(at.regions * at.tokens, tile.block_m)](
                 call.qkv, call.masks, call.pad, out, lse,
                 *call.layout, scale, call.channels, **call.constants(tile),
             )  # fmt: skip
@@ -160,7 +166,7 @@ def backward(
 def _backward_dense(
     call: _Call, grad: Tensor, out: Tensor, lse: Tensor, grad_qkv: Tensor
 ) -> Tensor | None:
-    tile, tokens = dense_tile(call.wide, True), call.at.count * call.at.tokens
+    tile, tokens = dense_gradient_tile(call.wide), call.at.regions * call.at.tokens
     vectors = call.new_vectors(call.batch * cdiv(tokens, tile.block_m))
     dense.routing_dense_bwd_kernel[call.programs(tokens, tile.block_m)](
         grad, call.qkv, call.masks, call.pad, out, lse, grad_qkv, vectors,
@@ -172,7 +178,7 @@ def _backward_dense(
 def _backward_listed(
     call: _Call, grad: Tensor, out: Tensor, lse: Tensor, grad_qkv: Tensor
 ) -> Tensor | None:
-    tokens, count, topk = call.at.tokens, call.at.count, call.regions.shape[2]
+    tokens, count, topk = call.at.tokens, call.at.regions, call.regions.shape[2]
     delta = torch.empty_like(lse)
     tile = queries_tile(tokens, call.wide)
     listed.routing_queries_kernel[call.programs(tokens, tile.block_m)](

@@ -273,6 +273,19 @@ def test_flops_of_the_choice_are_those_of_the_reference():
     assert counts == [2 * 2 * 6 * 6 * 4] * 2
 
 
+def test_fvcore_counts_the_choice():
+    from fvcore.nn import FlopCountAnalysis
+
+    class Module(torch.nn.Module):
+        def forward(self, qkv: Tensor) -> Tensor:
+            return route_regions(qkv, 2, (2, 3), (3, 3))
+
+    analysis = FlopCountAnalysis(Module(), torch.randn(2, 5, 7, 12))
+    analysis.tracer_warnings("none").unsupported_ops_warnings(False)
+    counted = analysis.set_op_handle(**ops.fvcore_handles()).by_operator()
+    assert counted["route_regions"] == 2 * 6 * 6 * 4
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
