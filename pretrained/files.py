@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import WeightsError, reason
+from .inert import stand_ins
 from .unwrap import unwrap
 
 MAX_HEADER_BYTES = 8 * 2**20
@@ -173,7 +174,7 @@ def _load_torch(path: Path, mmap: bool) -> Any:
         raise WeightsError("it is a file of torch.save under a false name; rename it to .pth")
     try:
         # training scripts keep their command line beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins(path)]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))

@@ -3,6 +3,8 @@
 import argparse
 import pickle
 import random
+import sys
+import types
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import save
 
 from backbones.pretrained import WeightsError, read_state_dict
 from tests.pretrained.forge import LEGACY, Command, entry, packed_zip, pth, safetensors
+from tests.support import golden
 
 
 def refusal(path, content):
@@ -34,6 +37,28 @@ def test_format_is_told_from_the_content(tmp_path, weights, data, name):
 
 def test_pickle_under_the_name_of_a_safe_format(tmp_path, weights):
     assert "under a false name" in refusal(tmp_path / "w.safetensors", pth(weights))
+
+
+def test_configurations_beside_the_weights_are_not_built(tmp_path):
+    """A file of torch.save with an `omegaconf.DictConfig`; the library is not needed."""
+    content = (golden.GOLDEN / "omegaconf.pth").read_bytes()
+    (tmp_path / "w.pth").write_bytes(content)
+    assert torch.equal(read_state_dict(tmp_path / "w.pth")["a"], torch.arange(3.0))
+    assert "omegaconf" not in sys.modules
+
+
+def test_code_beside_a_configuration_is_not_executed(tmp_path, monkeypatch):
+    trap = tmp_path / "executed"
+    module = types.ModuleType("omegaconf.dictconfig")
+    module.DictConfig = type("DictConfig", (), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    checkpoint = {"model": {"a": torch.ones(1)}, "args": module.DictConfig()}
+    (tmp_path / "w").write_bytes(pth(checkpoint))
+    assert read_state_dict(tmp_path / "w")["a"] == 1
+    message = refusal(tmp_path / "v", pth({**checkpoint, "b": Command(f"touch {trap}")}))
+    assert "posix.system" in message or "nt.system" in message
+    assert not trap.exists()
 
 
 def test_moving_average_on_request(tmp_path):
