@@ -103,7 +103,7 @@ def deterministic(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Mo
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, relative to the largest expected value."""
     assert value.shape == expected.shape
-    return float((value - expected).abs().max() / expected.abs().max())
+    return float((value - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def worst_error(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> float:

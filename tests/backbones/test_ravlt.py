@@ -1,7 +1,5 @@
 """RAVLT against the official code (golden files): models, layers, pyramid, cost."""
 
-import re
-
 import pytest
 import timm
 import torch
@@ -26,26 +24,6 @@ MODELS = {
 CASES = [("RAVLT_T", 0), ("RAVLT_T", 1), ("RAVLT_T", 2), ("RAVLT_S", 0)]
 
 
-def official_weights(recorded: dict, scales: dict[str, float] | None = None) -> dict[str, Tensor]:
-    """The deterministic weights of a golden file, some of them scaled."""
-    weights = golden.state_dict(
-        {k: shape for k, shape in recorded["manifest"].items() if k not in recorded["derived"]}
-    )
-    for pattern, factor in (scales or {}).items():
-        weights |= {k: factor * v for k, v in weights.items() if re.search(pattern, k)}
-    return weights
-
-
-def check_summary(value: Tensor, summary: dict, tolerance: float) -> None:
-    """Compare a map with a golden summary, relative to its largest sample."""
-    assert list(value.shape) == summary["shape"]
-    samples = torch.tensor(summary["samples"], dtype=torch.float64)
-    scale = samples.abs().max()
-    assert (golden.samples(value) - samples).abs().max() < tolerance * scale
-    assert abs(value.double().mean() - summary["mean"]) < tolerance * scale
-    assert abs(value.double().std() - summary["std"]) < tolerance * scale
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("name, index", CASES)
 @torch.no_grad()
@@ -53,14 +31,14 @@ def test_equals_the_official_code(name, index, dtype, tolerance):
     recorded = golden.load(name)
     case = recorded["cases"][index]
     model = timm.create_model(name.lower()).to(dtype).eval()
-    weights = official_weights(recorded, case.get("weight_scale"))
+    weights = golden.official_weights(recorded, case.get("weight_scale"))
     model.load_state_dict(convert_state_dict({"model": weights}, model))
     x = golden.image(case["input_shape"]).to(dtype)
     logits = torch.tensor(case["logits"], dtype=torch.float64).reshape(1, -1)
     last, maps = model.forward_intermediates(x)
     values = [model.forward_stem(model.image_input(x)), *maps, model.head.proj(last)]
     for value, summary in zip(values, case["features"].values(), strict=True):
-        check_summary(value, summary, tolerance)
+        golden.check_summary(value, summary, tolerance)
     assert relative_error(model.forward_head(last).double(), logits) < tolerance
 
 
@@ -68,7 +46,7 @@ def test_equals_the_official_code(name, index, dtype, tolerance):
 @torch.no_grad()
 def test_equals_the_official_detection_pyramid(dtype, tolerance):
     recorded = golden.load("det_ravlt_t")
-    weights = official_weights(recorded)
+    weights = golden.official_weights(recorded)
     model = timm.create_model("ravlt_t", features_only=True).to(dtype).eval()
     full = timm.create_model("ravlt_t", num_classes=0, device="meta")
     head = {k: torch.ones(v.shape) for k, v in full.state_dict().items() if k.startswith("head.")}
@@ -79,7 +57,7 @@ def test_equals_the_official_detection_pyramid(dtype, tolerance):
     for i, value in enumerate(model(golden.image(case["input_shape"]).to(dtype))):
         norm = [weights[f"extra_norms.{i}.norm.{leaf}"].to(dtype) for leaf in ("weight", "bias")]
         normed = F.layer_norm(value.permute(0, 2, 3, 1), value.shape[1:2], *norm, eps=1e-6)
-        check_summary(normed.permute(0, 3, 1, 2), case["outputs"][i], tolerance)
+        golden.check_summary(normed.permute(0, 3, 1, 2), case["outputs"][i], tolerance)
 
 
 def norm_operations(name: str) -> int:
@@ -166,7 +144,7 @@ def test_layers_equal_the_official_ones_with_gradients(name, dtype, tolerance):
     else:
         layer.channels_first = True
         out = layer(x)
-    assert relative_error(out.detach().double(), recorded[f"{name}.out"]) < tolerance
+    assert relative_error(out.double(), recorded[f"{name}.out"]) < tolerance
     cotangent = golden.normal(f"module/{name}/cotangent", case["out_shape"])
     (out * torch.from_numpy(cotangent).to(dtype)).sum().backward()
     assert relative_error(x.grad.double(), recorded[f"{name}.dx"]) < tolerance

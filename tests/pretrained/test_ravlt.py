@@ -19,9 +19,7 @@ def release(name: str) -> dict[str, Tensor]:
     """An official state dict in float32, buffers of angles included."""
     recorded = golden.load(name.upper())
     angles = {k: torch.tensor(v) for k, v in recorded["derived_values"].items()}
-    filled = golden.state_dict(
-        {k: shape for k, shape in recorded["manifest"].items() if k not in angles}
-    )
+    filled = golden.official_weights(recorded)
     return {**{k: v.float() if v.is_floating_point() else v for k, v in filled.items()}, **angles}
 
 
@@ -69,9 +67,7 @@ def test_checkpoints_of_the_training_script(ema):
 
 def test_a_detector_gives_its_backbone_without_the_norms_of_its_maps():
     recorded = golden.load("det_ravlt_t")
-    official = golden.state_dict(
-        {k: s for k, s in recorded["manifest"].items() if k not in recorded["derived"]}
-    )
+    official = golden.official_weights(recorded)
     detector = {f"backbone.{k}": v for k, v in official.items()}
     detector["neck.fpn.weight"] = torch.zeros(1)
     ours = ravlt.to_ours(unwrap({"state_dict": detector}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,19 @@ def state_dict(manifest: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     return {name: fill(name, shape) for name, shape in manifest.items()}
 
 
+def official_weights(
+    recorded: Mapping[str, Any], scales: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
+    """Fill the manifest of a golden file, without derived buffers; scale names that match."""
+    names = {k: v for k, v in recorded["manifest"].items() if k not in recorded["derived"]}
+    weights = state_dict(names)
+    for pattern, factor in (scales or {}).items():
+        found = {k: factor * v for k, v in weights.items() if re.search(pattern, k)}
+        assert found, pattern
+        weights |= found
+    return weights
+
+
 def fill_model(model: nn.Module) -> dict[str, Tensor]:
     """The deterministic state dict of `model` by its own tensor names, float64."""
     return state_dict({name: tuple(value.shape) for name, value in model.state_dict().items()})
@@ -62,3 +76,13 @@ def samples(value: Tensor) -> Tensor:
     """The 16 values of a golden summary: flat indices `linspace(0, numel - 1, 16)`, truncated."""
     index = np.linspace(0, value.numel() - 1, 16).astype(np.int64)
     return value.detach().reshape(-1)[torch.from_numpy(index)].double()
+
+
+def check_summary(value: Tensor, summary: Mapping[str, Any], tolerance: float) -> None:
+    """Compare a map with a golden summary, relative to its largest sample."""
+    assert list(value.shape) == summary["shape"]
+    expected = torch.tensor(summary["samples"], dtype=torch.float64)
+    largest = tolerance * expected.abs().max()
+    assert (samples(value) - expected).abs().max() < largest
+    assert abs(value.double().mean() - summary["mean"]) < largest
+    assert abs(value.double().std() - summary["std"]) < largest
