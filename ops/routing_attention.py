@@ -13,9 +13,9 @@ and backward, with `g` the gradient of `y`; choices carry none:
     dA = g v^T                  dS = A * (dA - rowsum(A * dA))
     dq = scale * dS k           dk = scale * dS^T q         dv = A^T g
 
-where dk and dv of a region sum over all that chose it. The official code copies keys and values
-for every region that may choose them (BiFormer, arXiv 2303.08810, algorithm 1); nothing is copied
-here.
+where dk and dv of a region sum over all that chose it. The official code copies the keys and values
+that a region chose, and its backward pass makes room, for every region, for those of all R. Here
+kernels read and sum them where they lie, and a CPU copies those of a few regions at a time.
 
 A map that the regions do not fill goes on below and to the right, with tokens that are never
 queries but count as keys and values like all others: those of the vector `pad`, or zeros.
@@ -30,18 +30,10 @@ import torch
 from torch import Tensor
 
 from ._common import accumulation_dtype, autocast, kernels, reference_in_use
-from ._regions import (
-    Regions,
-    flat_index,
-    inside,
-    merge,
-    pad_tokens,
-    partition,
-    validate,
-)
+from ._regions import Regions, flat_index, inside, merge, pad_tokens, partition, validate
 
-# scores, keys and values held at once, per block of regions: 4 MB in float32, to stay in cache
-_BLOCK = 1 << 20
+# scores, keys and values held at once, per block of regions: 1 MB in float32, to stay in cache
+_BLOCK = 1 << 18
 
 
 def routing_attention_reference(
@@ -105,12 +97,13 @@ class _Tokens:
         scale: float,
     ) -> None:
         self.num_heads, self.at, self.scale = num_heads, at, scale
-        tokens = partition(qkv, at).to(accumulation_dtype(qkv.dtype))
-        tokens = pad_tokens(tokens, inside(qkv, at), pad).flatten(0, 1)
+        self.chosen, dtype = flat_index(regions), accumulation_dtype(qkv.dtype)
         channels = qkv.shape[-1] // 3
+        self.q = partition(qkv[..., :channels], at).flatten(0, 1).to(dtype)
         # keys beside their values: both are taken at once
-        self.q, self.pairs = tokens.split((channels, 2 * channels), dim=-1)
-        self.chosen = flat_index(regions)
+        pairs = partition(qkv[..., channels:], at).to(dtype)
+        vector = None if pad is None else pad[channels:]
+        self.pairs = pad_tokens(pairs, inside(qkv, at), vector).flatten(0, 1)
 
     def blocks(self) -> Iterator[slice]:
         """Slices over the regions that bound the scores, keys and values held at once."""
@@ -158,8 +151,10 @@ def _forward_pytorch(
         for block in tokens.blocks():
             q, k, v = tokens.load(block)
             scores = tokens.scores(q, k)
-            lse[block] = scores.logsumexp(dim=-1).mT
-            out[block] = _join_heads(scores.softmax(dim=-1) @ v)
+            attention = scores.softmax(dim=-1)
+            # the logsumexp without a second round of exponentials
+            lse[block] = (scores.amax(dim=-1) - attention.amax(dim=-1).log()).mT
+            out[block] = _join_heads(attention @ v)
         return _merge(out, tokens.at, qkv).to(qkv.dtype), _merge(lse, tokens.at, qkv)
 
 
@@ -176,34 +171,39 @@ def _backward_pytorch(
     *layout, scale = args
     at = Regions(*layout)
     with torch.autocast(qkv.device.type, enabled=False):
-        sums = _token_gradients(grad, _Tokens(qkv, regions, pad, num_heads, at, scale))
-        grad_pad = qkv.new_empty(0)
-        if pad is not None:
-            grad_pad = _pad_gradient(sums, inside(qkv, at)).to(pad.dtype)
-        return _merge(sums, at, qkv).to(qkv.dtype), grad_pad
+        dq, pairs = _token_gradients(grad, _Tokens(qkv, regions, pad, num_heads, at, scale))
+        grad_qkv, channels = qkv.new_empty(qkv.shape), grad.shape[-1]
+        grad_qkv[..., :channels] = _merge(dq, at, qkv)
+        grad_qkv[..., channels:] = _merge(pairs, at, qkv)
+        if pad is None:
+            return grad_qkv, qkv.new_empty(0)
+        grad_pad = torch.zeros_like(pad)
+        grad_pad[channels:] = _sum_outside(pairs, inside(qkv, at))
+        return grad_qkv, grad_pad
 
 
-def _token_gradients(grad: Tensor, tokens: _Tokens) -> Tensor:
-    """Gradients `(B * R, t, 3C)` of all tokens, those outside the map included."""
-    grad, channels = partition(grad, tokens.at).flatten(0, 1), grad.shape[-1]
-    sums = tokens.q.new_zeros((*grad.shape[:-1], 3 * channels))
+def _token_gradients(grad: Tensor, tokens: _Tokens) -> tuple[Tensor, Tensor]:
+    """Gradients of queries `(B * R, t, C)`, and of keys beside values, outside the map too."""
+    grad = partition(grad, tokens.at).flatten(0, 1)
+    dq, pairs = torch.empty_like(tokens.q), torch.zeros_like(tokens.pairs)
     for block in tokens.blocks():
         q, k, v = tokens.load(block)
         g = _split_heads(grad[block].to(q.dtype), tokens.num_heads)
         attention = tokens.scores(q, k).softmax(dim=-1)
-        da = g @ v.mT
-        ds = attention * (da - (attention * da).sum(dim=-1, keepdim=True))
+        ds = g @ v.mT
+        ds -= (attention * ds).sum(dim=-1, keepdim=True)
+        ds *= attention
         ds *= tokens.scale
-        sums[block, :, :channels] = _join_heads(ds @ k)
-        tokens.add_pairs(sums[..., channels:], block, (ds.mT @ q, attention.mT @ g))
-    return sums
+        dq[block] = _join_heads(ds @ k)
+        tokens.add_pairs(pairs, block, (ds.mT @ q, attention.mT @ g))
+    return dq, pairs
 
 
-def _pad_gradient(sums: Tensor, real: Tensor | None) -> Tensor:
-    """Sum the gradients `(B * R, t, 3C)` of the tokens outside the map."""
+def _sum_outside(tokens: Tensor, real: Tensor | None) -> Tensor:
+    """Sum what tokens `(B * R, t, 2C)` outside the map have."""
     if real is None:
-        return sums.new_zeros(sums.shape[-1])
-    images = sums.unflatten(0, (len(sums) // len(real), len(real)))
+        return tokens.new_zeros(tokens.shape[-1])
+    images = tokens.unflatten(0, (len(tokens) // len(real), len(real)))
     return images[:, ~real].sum((0, 1))
 
 
@@ -335,8 +335,7 @@ def routing_attention(
         The map `(B, H, W, C)`, contiguous, channels head by head.
 
     Layout:
-        All strides are free; the kernels copy only if those of the channels are not one. Keys and
-        values are read where they lie.
+        All strides are free; the kernels copy only if those of the channels are not one.
 
     Numerics:
         float32, bfloat16 or float16, accumulated in float32, by Triton kernels on a GPU; float64,
