@@ -10,6 +10,7 @@ from . import (
     depthwise_conv,
     depthwise_conv_norm,
     partial_attention,
+    rank_augmented_attention,
     routing_attention,
     window_attention,
 )
@@ -19,6 +20,7 @@ _OPS = (
     window_attention,
     channel_attention,
     partial_attention,
+    rank_augmented_attention,
     routing_attention,
     depthwise_conv,
     depthwise_conv_norm,

@@ -4,6 +4,7 @@ from . import (
     channel_attention,
     depthwise_conv,
     partial_attention,
+    rank_augmented_attention,
     routing_attention,
     window_attention,
 )
@@ -13,6 +14,7 @@ PEERS: dict[str, Peers] = {
     "window_attention": window_attention.PEERS,
     "channel_attention": channel_attention.PEERS,
     "partial_attention": partial_attention.PEERS,
+    "rank_augmented_attention": rank_augmented_attention.PEERS,
     "routing_attention": routing_attention.PEERS,
     "depthwise_conv": depthwise_conv.PEERS,
     "depthwise_conv_norm": depthwise_conv.PEERS,
