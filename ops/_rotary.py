@@ -28,8 +28,8 @@ def rotary_table(theta: Tensor, size: int) -> Tensor:
     """
     dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
     positions = torch.arange(size, dtype=dtype, device=theta.device)
-    angles = positions[:, None] * theta.to(dtype)
-    return torch.stack([angles.cos(), angles.sin()])
+    radians = positions[:, None] * theta.to(dtype)
+    return torch.stack([radians.cos(), radians.sin()])
 
 
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     Source:
         RAVLT, arXiv 2411.07635; RoFormer, arXiv 2104.09864, section 3.2.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # noqa: SIM102  what stands behind `and` would be scripted
         # a trace sees sizes as tensors
         if not (isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()):
             check_rotary(rotary, x.shape[1], x.shape[2], x.shape[4])

@@ -94,7 +94,7 @@ def _forward_pytorch(
     with torch.autocast(qkv.device.type, enabled=False):
         out, state, mean, scores = _attend(qkv, rotary, addend, num_heads, gated)
         if not keep:
-            return out, *(state.new_empty(0) for _ in range(3))
+            return out, state.new_empty(0), state.new_empty(0), state.new_empty(0)
         return out, state, mean.squeeze(-2), scores.logsumexp(dim=(-2, -1))
 
 
@@ -168,8 +168,9 @@ def _(
     (*size, packed), dtype = qkv.shape, accumulation_dtype(qkv.dtype)
     out = qkv.new_empty((*size, packed // (3 + gated)))
     heads, dim = (qkv.shape[0], num_heads), out.shape[-1] // num_heads
-    shapes = ((*heads, dim + 1, dim), (*heads, dim), heads) if keep else ((0,),) * 3
-    return out, *(qkv.new_empty(shape, dtype=dtype) for shape in shapes)
+    state = qkv.new_empty((*heads, dim + 1, dim) if keep else 0, dtype=dtype)
+    mean = qkv.new_empty((*heads, dim) if keep else 0, dtype=dtype)
+    return out, state, mean, qkv.new_empty(heads if keep else 0, dtype=dtype)
 
 
 @torch.library.custom_op(

@@ -104,7 +104,7 @@ def block_n(qkv: Tensor, block_d: int) -> int:
 
 
 def _summed(parts: Tensor) -> Tensor:
-    """The sum over the first dimension; most often it is one."""
+    """The sum over the parts."""
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
@@ -156,7 +156,7 @@ def forward(
             *call.strides, *call.sizes, call.span, call.channels, gated, **call.products(),
         )  # fmt: skip
     if not keep:
-        return out, *(state.new_empty(0) for _ in range(3))
+        return out, state.new_empty(0), state.new_empty(0), state.new_empty(0)
     heads = (call.batch, num_heads)
     return out, state.unflatten(0, heads), mean.unflatten(0, heads), lse.unflatten(0, heads)
 
