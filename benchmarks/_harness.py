@@ -150,7 +150,8 @@ def _step(case: Case, peer: Peer, arguments: tuple[Tensor, ...], mode: str) -> C
         return lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True)
 
     def training() -> Outputs:
-        return torch.autograd.grad(peer.run(*arguments), leaves, grads)
+        # maps that windows fill leave the vector outside them unused
+        return torch.autograd.grad(peer.run(*arguments), leaves, grads, allow_unused=True)
 
     return training
 
