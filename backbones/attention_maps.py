@@ -111,7 +111,7 @@ def _routes(calls: list[Call], point: tuple[int, int]) -> Panel:
     stage, stride, layer, x = calls[0]
     (rows, cols), (height, width) = layer.grid(*x.shape[1:3])  # type: ignore[operator]
     cell = (height * stride, width * stride)
-    query = (point[1] // cell[0], point[0] // cell[1])
+    query = _cell_of(point, cell, (rows, cols))
     share = torch.zeros(rows * cols)
     for call in calls:
         chosen = call.layer.route(call.x)[0, query[0] * cols + query[1]]  # type: ignore[operator]
@@ -120,9 +120,16 @@ def _routes(calls: list[Call], point: tuple[int, int]) -> Panel:
     return Panel(title, share.unflatten(0, (rows, cols)), cell, query)
 
 
+def _cell_of(
+    point: tuple[int, int], cell: tuple[int, int], count: tuple[int, int]
+) -> tuple[int, int]:
+    """Row and column of what holds a pixel; stems of patches leave out the last few."""
+    return min(point[1] // cell[0], count[0] - 1), min(point[0] // cell[1], count[1] - 1)
+
+
 def _attention(calls: list[Call], point: tuple[int, int]) -> Panel:
     stage, stride, _, x = calls[0]
-    query = (point[1] // stride, point[0] // stride)
+    query = _cell_of(point, (stride, stride), (x.shape[1], x.shape[2]))
     weights = torch.zeros(x.shape[1:3])
     for call in calls:
         qkv = call.layer.qkv(call.x[0]).unflatten(-1, (3, call.layer.num_heads, -1))  # type: ignore[operator]

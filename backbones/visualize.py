@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
@@ -78,7 +79,8 @@ def _lit(image: Image.Image, panel: Panel) -> Tensor:
     """The image `(H, W, 3)`, dark and grey but where there is heat."""
     (height, width), color = panel.cell, transforms.to_tensor(image)
     heat = panel.heat.repeat_interleave(height, 0).repeat_interleave(width, 1)
-    light = heat[: image.height, : image.width] / heat.max()
+    light = torch.zeros(image.height, image.width)
+    light[: len(heat), : heat.shape[1]] = heat[: image.height, : image.width] / heat.max()
     grey = 0.35 * color.mean(0, keepdim=True)
     return (light * color + (1 - light) * grey).permute(1, 2, 0)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from backbones import visualize
 from backbones.attention_maps import attention_calls, concentration_panels, routing_panels
 from backbones.layers import BiLevelRoutingAttention
-from tests.backbones.models import FAMILIES, deterministic
+from tests.backbones.models import FAMILIES, VARIANTS, deterministic
 from tests.support import golden
 from tests.support.process import ROOT
 
@@ -52,6 +52,17 @@ def test_routing_shows_what_the_layers_choose():
     assert full.heat.shape == (4, 5)
     assert full.query == (20 // 32, 150 // 32)
     torch.testing.assert_close(full.heat.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["biformer_stl", "biformer_stl_nchw"])
+def test_pixels_that_patches_leave_out_are_those_of_the_last_region(name):
+    model = deterministic(VARIANTS[name].create(topks=(1, 4, 16, None)))
+    panels = routing_panels(model, golden.image((1, 3, *SIZE)), (SIZE[1] - 1, SIZE[0] - 1))
+    sizes = [tuple(panel.heat.shape) for panel in panels]
+    assert sizes[-1] == (3, 5)
+    for panel, (rows, cols) in zip(panels, sizes, strict=True):
+        assert 0 <= panel.query[0] < rows and 0 <= panel.query[1] < cols
+    assert panels[-1].query == (2, 4)
 
 
 @torch.no_grad()
@@ -96,12 +107,13 @@ def test_weights_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize(
-    "program, model", [("routing", "biformer_tiny"), ("concentration", "ravlt_t")]
+    "program, model",
+    [("routing", "biformer_tiny"), ("routing", "biformer_stl"), ("concentration", "ravlt_t")],
 )
 def test_the_program_writes_a_picture(program, model, picture, tmp_path, capsys):
     output = tmp_path / "out.png"
     arguments = [program, str(picture), "--model", model, "-o", str(output), "--untrained"]
-    assert visualize.main([*arguments, "--size", "64"]) == 0
+    assert visualize.main([*arguments, "--size", "67"]) == 0
     assert capsys.readouterr().out == f"wrote {output}\n"
     with Image.open(output) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
