@@ -290,6 +290,16 @@ class HeadedBackbone(Backbone):
     def _remove_head(self) -> None:
         self.reset_classifier(0, "", reset_other=True)
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that group parameters into layers, for layer-wise rates."""
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
 
 def check_pool(global_pool: str) -> None:
     """Raise ValueError if a pooling changes the number of channels."""

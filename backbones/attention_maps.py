@@ -28,7 +28,7 @@ class Call(NamedTuple):
 
     stage: int
     stride: int
-    layer: nn.Module
+    layer: Any
     x: Tensor
 
 
@@ -109,12 +109,12 @@ def routing_panels(model: nn.Module, image: Tensor, point: tuple[int, int]) -> l
 
 def _routes(calls: list[Call], point: tuple[int, int]) -> Panel:
     stage, stride, layer, x = calls[0]
-    (rows, cols), (height, width) = layer.grid(*x.shape[1:3])  # type: ignore[operator]
+    (rows, cols), (height, width) = layer.grid(*x.shape[1:3])
     cell = (height * stride, width * stride)
     query = _cell_of(point, cell, (rows, cols))
     share = torch.zeros(rows * cols)
     for call in calls:
-        chosen = call.layer.route(call.x)[0, query[0] * cols + query[1]]  # type: ignore[operator]
+        chosen = call.layer.route(call.x)[0, query[0] * cols + query[1]]
         share[chosen] += 1 / len(calls)
     title = f"stage {stage + 1}: {layer.topk} of {rows * cols} regions, {len(calls)} blocks"
     return Panel(title, share.unflatten(0, (rows, cols)), cell, query)
@@ -132,7 +132,7 @@ def _attention(calls: list[Call], point: tuple[int, int]) -> Panel:
     query = _cell_of(point, (stride, stride), (x.shape[1], x.shape[2]))
     weights = torch.zeros(x.shape[1:3])
     for call in calls:
-        qkv = call.layer.qkv(call.x[0]).unflatten(-1, (3, call.layer.num_heads, -1))  # type: ignore[operator]
+        qkv = call.layer.qkv(call.x[0]).unflatten(-1, (3, call.layer.num_heads, -1))
         q, k = qkv[query[0], query[1], 0], qkv[:, :, 1]
         scores = torch.einsum("hd,ijhd->hij", q, k) * q.shape[-1] ** -0.5
         weights += scores.flatten(1).softmax(-1).mean(0).unflatten(0, weights.shape).float()
@@ -155,7 +155,7 @@ def concentration_panels(model: nn.Module, image: Tensor) -> list[Panel]:
     calls = attention_calls(model, image, RankAugmentedAttention, RotaryAttention)
     panels = []
     for stage in _by_stage(calls):
-        weights = torch.stack([c.layer.token_weights(c.x)[0] for c in stage])  # type: ignore[operator]
+        weights = torch.stack([c.layer.token_weights(c.x)[0] for c in stage])
         mean = weights.float().mean((0, 1))
         kind = "linear" if isinstance(stage[0].layer, RankAugmentedAttention) else "softmax"
         title = f"stage {stage[0].stage + 1}, {kind}: half the weight on {_half(weights):.0%}"

@@ -225,16 +225,6 @@ class BiFormer(HeadedBackbone):
             self.norm = _fixed_norm(self.norm)
         return self
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that group parameters into layers, for layer-wise rates."""
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^norm", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
 
 def _downsample(in_dim: int, dim: int, stage: int, patches: bool, **dd: Any) -> nn.Module:
     if stage == 0:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from timm.layers import (
     LayerNorm2d,
     NormMlpClassifierHead,
@@ -176,15 +175,6 @@ class DaViT(HeadedBackbone):
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` at a quarter of their size, rounded up."""
         return self.stem(x)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that group parameters into layers, for layer-wise rates."""
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
 
 def _attentions(heads: int, window: tuple[int, int], v2: bool) -> _Attentions:

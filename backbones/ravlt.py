@@ -198,15 +198,6 @@ class RAVLT(HeadedBackbone):
         """Embed images `(B, in_chans, H, W)` at a quarter of their size, rounded up."""
         return self.stem(x)
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that group parameters into layers, for layer-wise rates."""
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
 
 def _stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
     """Four 3x3 convolutions, the first and the last of stride 2."""

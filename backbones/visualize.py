@@ -169,13 +169,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     programs = parser.add_subparsers(dest="program", required=True)
     routing = programs.add_parser("routing", help="the regions that a region attends to (BiFormer)")
-    weights = programs.add_parser("concentration", help="the weights of all tokens (RAVLT)")
-    for program, model in ((routing, "biformer_small"), (weights, "ravlt_t")):
+    tokens = programs.add_parser("concentration", help="the weights of all tokens (RAVLT)")
+    for program, model in ((routing, "biformer_small"), (tokens, "ravlt_t")):
         program.add_argument("image", type=Path, help="any image file")
         program.add_argument("--model", default=model, help=f"default: {model}")
         program.add_argument("-o", "--output", type=Path, required=True, help="PNG file to write")
-        program.add_argument("--checkpoint", metavar="FILE", help="weights, official ones too")
-        program.add_argument("--untrained", action="store_true", help="use no weights at all")
+        weights = program.add_mutually_exclusive_group()
+        weights.add_argument("--checkpoint", metavar="FILE", help="weights, official ones too")
+        weights.add_argument("--untrained", action="store_true", help="use no weights at all")
         program.add_argument("--size", type=int, default=224, help="shorter side; 0: as it is")
     where = routing.add_mutually_exclusive_group()
     where.add_argument(

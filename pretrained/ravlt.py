@@ -64,7 +64,7 @@ _THEIR_DOWNSAMPLE = {ours: theirs for theirs, ours in _DOWNSAMPLE.items()}
 _HEAD = {"proj": "head.proj.conv", "norm": "head.proj.bn", "head": "head.fc"}
 _THEIR_HEAD = {ours: theirs for theirs, ours in _HEAD.items()}
 
-_DERIVED = re.compile(r"layers\.\d+\.RoPE\.angle|extra_norms\.\d+\.norm\.(weight|bias)")
+_LEFT_OUT = re.compile(r"layers\.\d+\.RoPE\.angle|extra_norms\.\d+\.norm\.(weight|bias)")
 _STEM = re.compile(r"patch_embed\.proj\.(\d+)\.(\w+)")
 _GAMMA = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.gamma_([12])")
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)\.(weight|bias)")
@@ -89,7 +89,7 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         state_dict: Name -> tensor, unwrapped.
     """
-    kept = {name: value for name, value in state_dict.items() if not _DERIVED.fullmatch(name)}
+    kept = {name: value for name, value in state_dict.items() if not _LEFT_OUT.fullmatch(name)}
     ours = {_our_name(name): value for name, value in kept.items()}
     return {name: _our_shape(name, value) for name, value in ours.items()}
 

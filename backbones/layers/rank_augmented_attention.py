@@ -22,6 +22,7 @@ from backbones.ops import (
 )
 
 from .fold import fold_layer_norm
+from .lepe_attention import lepe
 from .rotary import RotaryPosition
 
 
@@ -61,7 +62,7 @@ class GatedRotaryAttention(nn.Module):
         self.exportable = is_exportable()
         self.rotary = RotaryPosition(dim // num_heads, device)
         self.qkvg = nn.Linear(dim, 4 * dim, **dd)
-        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.lepe = lepe(dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
