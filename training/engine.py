@@ -67,6 +67,7 @@ class Engine:
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=scales)
         self._mixer = BatchMixer(augment, num_classes) if augment.mixes else None
         self._smoothing = 0.0 if augment.mixes else augment.smoothing
+        self._aux_weight = config.model.aux_weight
         self._network = self._wrap(runtime)
 
     def step(
@@ -140,7 +141,13 @@ class Engine:
             inputs, targets = self._mixer(inputs, targets, key(self._seed, "mix", *place))
         seed_step(key(self._seed, "net", *place))
         with torch.autocast(device.type, self._precision, enabled=self._precision is not None):
-            logits = self._network(inputs)
+            output = self._network(inputs)
+        if not self._aux_weight:
+            return self._cross_entropy(output, targets)
+        main, aux = (self._cross_entropy(output[name], targets) for name in ("main", "aux"))
+        return main + self._aux_weight * aux
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, label_smoothing=self._smoothing)
 
     def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:

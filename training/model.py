@@ -45,6 +45,13 @@ class TrainModelConfig(ModelConfig):
 
     drop_path: float | None = option(None, "stochastic depth rate; none: the model's default")
     grad_checkpointing: bool = option(False, "less memory for more time", may_change=True)
+    aux_weight: float = option(
+        0.0, "weight of the loss of an auxiliary classifier; 0: none (OverLoCK's recipe: 0.4)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.aux_weight >= 0, f"--aux-weight {self.aux_weight} must not be negative")
 
 
 def build_model(
@@ -66,6 +73,7 @@ def build_model(
             pretrained=config.pretrained,
             num_classes=num_classes,
             drop_path_rate=config.drop_path,
+            aux_head=True if config.aux_weight else None,
         )
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
@@ -73,6 +81,8 @@ def build_model(
             fresh = load_into(model, config.checkpoint)
             say(f"weights from {config.checkpoint}" + _fresh_note(fresh))
     except UNUSABLE as error:
+        if isinstance(error, TypeError) and "aux_head" in str(error):
+            raise UsageError(f"--aux-weight: {config.name} has no auxiliary classifier") from error
         raise UsageError(str(error)) from error
     return model
 

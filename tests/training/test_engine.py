@@ -62,6 +62,29 @@ def test_the_average_warms_up_by_the_number_of_the_step():
     assert not torch.equal(engine.model[0].weight, engine.ema.module[0].weight)
 
 
+class _WithAuxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aux = _model(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        pooled = self.body[:-1](x)
+        return {"main": self.body[-1](pooled), "aux": self.aux(pooled)}
+
+
+def test_the_loss_of_an_auxiliary_classifier_is_added_by_its_weight():
+    model, (images, labels, failed) = _WithAuxiliary(), _batch()
+    expected = copy.deepcopy(model)
+    engine = _engine(model, "--aux-weight", "0.4", "--smoothing", "0.1")
+    agreed = _step(engine, 0, (images, labels, failed))
+    output = expected(images)
+    main, aux = (
+        nn.functional.cross_entropy(output[name], labels, label_smoothing=0.1)
+        for name in ("main", "aux")
+    )
+    assert agreed.loss == pytest.approx((main + 0.4 * aux).item())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_batch_leaves_no_trace(value):
     engine = _engine(_model(), "--ema-decay", "0.9")
