@@ -16,6 +16,7 @@ from .depthwise_conv import (
 )
 from .depthwise_conv_norm import depthwise_conv_norm, depthwise_conv_norm_reference
 from .flops import count_macs, fvcore_handles
+from .na2d_av import na2d_av, na2d_av_reference
 from .partial_attention import partial_attention, partial_attention_reference
 from .rank_augmented_attention import (
     rank_augmented_attention,
@@ -37,6 +38,8 @@ __all__ = [
     "depthwise_conv_norm_reference",
     "depthwise_conv_reference",
     "fvcore_handles",
+    "na2d_av",
+    "na2d_av_reference",
     "partial_attention",
     "partial_attention_reference",
     "rank_augmented_attention",

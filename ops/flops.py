@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from . import channel_attention as _channel_attention  # noqa: F401  registers the op
 from . import depthwise_conv as _depthwise_conv  # noqa: F401
 from . import depthwise_conv_norm as _depthwise_conv_norm  # noqa: F401
+from . import na2d_av as _na2d_av  # noqa: F401
 from . import partial_attention as _partial_attention  # noqa: F401
 from . import rank_augmented_attention as _rank_augmented_attention  # noqa: F401
 from . import route_regions as _route_regions  # noqa: F401
@@ -122,6 +123,19 @@ def _rank_augmented_backward_flops(grad: Any, qkv: Shape, *args: Any, out_shape:
     return 2 * _rank_augmented_macs(qkv, num_heads, gated, 4 + gated, 4)
 
 
+@register_flop_formula(torch.ops.backbones.na2d_av)
+def _na2d_av_flops(attn: Shape, value: Shape, *args: Any, out_shape: Any = None) -> int:
+    return 2 * prod(attn) * value[-1]
+
+
+@register_flop_formula(torch.ops.backbones.na2d_av_backward)
+def _na2d_av_backward_flops(
+    grad: Any, attn: Shape, value: Shape, *args: Any, out_shape: Any = None
+) -> int:
+    # those of weights and of values
+    return 2 * 2 * prod(attn) * value[-1]
+
+
 def _depthwise_conv_macs(x: Shape, weight: Shape, stride: int, border: Shape = (0, 0)) -> int:
     sizes = zip(x[1:3], border, strict=True)
     positions = prod(-(-(length + beyond) // stride) for length, beyond in sizes)
@@ -223,6 +237,9 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def depthwise_conv_norm(inputs: list[Any], outputs: list[Any]) -> int:
         return _depthwise_conv_macs(get_shape(inputs[0]), get_shape(inputs[1]), 1)
 
+    def na2d_av(inputs: list[Any], outputs: list[Any]) -> int:
+        return prod(get_shape(inputs[0])) * get_shape(inputs[1])[-1]
+
     def rank_augmented_attention(inputs: list[Any], outputs: list[Any]) -> int:
         heads, gated = inputs[3].toIValue(), inputs[4].toIValue()
         return _rank_augmented_macs(get_shape(inputs[0]), heads, gated, 2, 2)
@@ -244,6 +261,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         "backbones::channel_attention": channel_attention,
         "backbones::depthwise_conv": depthwise_conv,
         "backbones::depthwise_conv_norm": depthwise_conv_norm,
+        "backbones::na2d_av": na2d_av,
         "backbones::partial_attention": partial_attention,
         "backbones::rank_augmented_attention": rank_augmented_attention,
         "backbones::route_regions": route_regions,

@@ -28,6 +28,8 @@ class Example:
         variant: What the name of the public function has behind that of the op.
         kernels: Module of the Triton kernels, if it is not called like the op.
         sized: Further arguments without a gradient, for a size of the map.
+        least: The smallest side that it works for; smaller maps are enlarged.
+        axes: Where tensors that are maps have its batch, height and width.
     """
 
     op: str
@@ -37,6 +39,8 @@ class Example:
     variant: str = ""
     kernels: str = ""
     sized: Callable[[Size], dict[str, Any]] = lambda size: {}
+    least: int = 1
+    axes: Size = (0, 1, 2)
 
     def __str__(self) -> str:
         return f"{self.op}{self.variant} {self.kind}".strip()
@@ -48,12 +52,23 @@ class Example:
 
     @property
     def keeps_type(self) -> bool:
-        """Whether it leaves the type of a residual stream alone under autocast."""
-        return self.options.get("residual", False)
+        """Whether it leaves the type of what it is given alone under autocast."""
+        return self.options.get("residual", False) or self.op == "na2d_av"
+
+    def size(self, size: Size) -> Size:
+        """The size of the map that stands for another one."""
+        return size[0], max(size[1], self.least), max(size[2], self.least)
+
+    def is_map(self, tensor: Tensor, size: Size) -> bool:
+        """Whether a tensor of a call for a size has that of the map."""
+        shape = tuple(tensor.shape)
+        here = max(self.axes) < len(shape) and tuple(shape[axis] for axis in self.axes)
+        return here == self.size(size)
 
     def tensors(self, size: Size, dtype: torch.dtype = torch.float64) -> Tensors:
         """Make leaves."""
-        values = {name: golden.normal(name, shape) for name, shape in self.shapes(size).items()}
+        shapes = self.shapes(self.size(size))
+        values = {name: golden.normal(name, shape) for name, shape in shapes.items()}
         return {
             name: torch.from_numpy(value).to(dtype).requires_grad_()
             for name, value in values.items()
@@ -61,7 +76,8 @@ class Example:
 
     def arguments(self, tensors: Tensors) -> dict[str, Any]:
         """All arguments of a call."""
-        size = next(iter(tensors.values())).shape[:3]
+        shape = next(iter(tensors.values())).shape
+        size = tuple(shape[axis] for axis in self.axes)
         if torch.jit.is_tracing():
             size = tuple(int(length) for length in size)
         return {**tensors, **self.options, **self.sized(size)}
@@ -149,6 +165,14 @@ def _regions(batch: int, count: int) -> Tensor:
     return torch.stack([first, (first + 1) % count], dim=-1).expand(batch, -1, -1)
 
 
+def _weights(slots: int) -> Callable[[Size], dict[str, tuple[int, ...]]]:
+    def shapes(size: Size) -> dict[str, tuple[int, ...]]:
+        batch, *sides = size
+        return {"attn": (batch, 2, *sides, slots), "value": (batch, 2, *sides, 3)}
+
+    return shapes
+
+
 EXAMPLES = [
     Example("window_attention", "", _window, {"num_heads": 2, "window_size": (2, 3)}),
     Example(
@@ -195,6 +219,15 @@ EXAMPLES = [
         lambda size: {"qkv": (*size, 12)},
         {"num_heads": 2},
         sized=_nchw_regions,
+    ),
+    Example("na2d_av", "", _weights(9), {"kernel_size": 3}, least=3, axes=(0, 2, 3)),
+    Example(
+        "na2d_av",
+        "with dilation",
+        _weights(15),
+        {"kernel_size": (3, 5), "dilation": (2, 1)},
+        least=6,
+        axes=(0, 2, 3),
     ),
     Example("depthwise_conv", "", _conv(7), {"act": "gelu"}),
     Example("depthwise_conv", "with addend", _conv_addend, {}),

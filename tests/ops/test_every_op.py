@@ -63,11 +63,11 @@ def test_gradients(example):
 def test_opcheck(example, layout):
     views = {
         "contiguous": lambda t: t,
-        "channels first": lambda t: t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        "channels first": lambda t: t.movedim(-1, 1).contiguous().movedim(1, -1),
         "channel slice": lambda t: torch.cat([t, t], -1)[..., 1 : 1 + t.shape[-1]],
     }
     tensors = {
-        name: (views[layout](t.detach()) if t.ndim == 4 else t.detach()).requires_grad_()
+        name: (views[layout](t.detach()) if t.ndim >= 4 else t.detach()).requires_grad_()
         for name, t in example.tensors(SIZE).items()
     }
     with Calls() as recorded:
@@ -126,7 +126,7 @@ def test_export_keeps_one_node(example):
     tensors = {name: t.detach() for name, t in example.tensors(SIZE).items()}
     auto = torch.export.Dim.AUTO
     dynamic = {
-        name: {0: auto, 1: auto, 2: auto} if t.shape[:3] == SIZE else None
+        name: dict.fromkeys(example.axes, auto) if example.is_map(t, SIZE) else None
         for name, t in tensors.items()
     }
     program = torch.export.export(Module(), (tensors,), dynamic_shapes=(dynamic,))
