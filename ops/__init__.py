@@ -6,6 +6,7 @@ Every op is one function, registered with `torch.library`: it works in eager mod
 """
 
 from ._common import reference_in_use, use_reference
+from ._depthwise import embed_dilated
 from ._rotary import apply_rotary, rotary_table
 from .channel_attention import channel_attention, channel_attention_reference
 from .depthwise_conv import (
@@ -14,6 +15,7 @@ from .depthwise_conv import (
     depthwise_conv_mean_reference,
     depthwise_conv_reference,
 )
+from .depthwise_conv_moments import depthwise_conv_moments, depthwise_conv_moments_reference
 from .depthwise_conv_norm import depthwise_conv_norm, depthwise_conv_norm_reference
 from .flops import count_macs, fvcore_handles
 from .na2d_av import na2d_av, na2d_av_reference
@@ -34,9 +36,12 @@ __all__ = [
     "depthwise_conv",
     "depthwise_conv_mean",
     "depthwise_conv_mean_reference",
+    "depthwise_conv_moments",
+    "depthwise_conv_moments_reference",
     "depthwise_conv_norm",
     "depthwise_conv_norm_reference",
     "depthwise_conv_reference",
+    "embed_dilated",
     "fvcore_handles",
     "na2d_av",
     "na2d_av_reference",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import accumulation_dtype, autocast
@@ -76,6 +77,30 @@ class Border(NamedTuple):
         dtype = accumulation_dtype(x.dtype)
         below = x[:, height:].sum((0, 1, 2), dtype=dtype)
         return (below + x[:, :height, width:].sum((0, 1, 2), dtype=dtype)).to(x.dtype)
+
+
+def embed_dilated(weight: Tensor, dilation: int, size: int) -> Tensor:
+    """Write dilated kernels as larger ones, with zeros between their taps, differentiably.
+
+    Args:
+        weight: Kernels `(C, 1, k, k)`, k odd.
+        dilation: Distance of the taps.
+        size: Side K of the result, odd, `dilation * (k - 1) + 1` at least.
+
+    Returns:
+        Kernels `(C, 1, K, K)`, with the same taps in the middle.
+
+    Source:
+        UniRepLKNet, arXiv 2311.15599, section 3.1.
+    """
+    taps, behind = weight.shape[-1], dilation - 1
+    # no slices are written to: a graph of torch.fx would lose them
+    spread = F.pad(weight[:, :, :, None, :, None], (0, behind, 0, 0, 0, behind))
+    dense = spread.reshape(weight.shape[0], 1, taps * dilation, taps * dilation)
+    first = size // 2 - dilation * (taps // 2)
+    # of the zeros behind the last tap some may be too many
+    last = size - first - taps * dilation
+    return F.pad(dense, (first, last, first, last))
 
 
 def cast_all(residual: bool, x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:

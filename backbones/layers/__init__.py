@@ -2,6 +2,7 @@
 
 from .conv_norm import ConvNorm, ConvNormAct, NormLinear, Residual
 from .depthwise_mlp import DepthwiseMlp
+from .dilated_reparam import DilatedReparamConv
 from .dual_attention import ChannelAttention, ConvAttentionBlock, WindowAttention
 from .lepe_attention import LepeAttention
 from .mbconv import ConvStem, MBConv
@@ -28,6 +29,7 @@ __all__ = [
     "ConvPositionEncoding",
     "ConvStem",
     "DepthwiseMlp",
+    "DilatedReparamConv",
     "LepeAttention",
     "MBConv",
     "MultiAxisBlock",
