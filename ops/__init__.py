@@ -17,6 +17,7 @@ from .depthwise_conv import (
 )
 from .depthwise_conv_moments import depthwise_conv_moments, depthwise_conv_moments_reference
 from .depthwise_conv_norm import depthwise_conv_norm, depthwise_conv_norm_reference
+from .dynamic_mixing import dynamic_mixing, dynamic_mixing_reference
 from .flops import count_macs, fvcore_handles
 from .na2d_av import na2d_av, na2d_av_reference
 from .partial_attention import partial_attention, partial_attention_reference
@@ -41,6 +42,8 @@ __all__ = [
     "depthwise_conv_norm",
     "depthwise_conv_norm_reference",
     "depthwise_conv_reference",
+    "dynamic_mixing",
+    "dynamic_mixing_reference",
     "embed_dilated",
     "fvcore_handles",
     "na2d_av",

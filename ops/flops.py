@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from . import channel_attention as _channel_attention  # noqa: F401  registers the op
 from . import depthwise_conv as _depthwise_conv  # noqa: F401
 from . import depthwise_conv_norm as _depthwise_conv_norm  # noqa: F401
+from . import dynamic_mixing as _dynamic_mixing  # noqa: F401
 from . import na2d_av as _na2d_av  # noqa: F401
 from . import partial_attention as _partial_attention  # noqa: F401
 from . import rank_augmented_attention as _rank_augmented_attention  # noqa: F401
@@ -121,6 +122,24 @@ def _rank_augmented_backward_flops(grad: Any, qkv: Shape, *args: Any, out_shape:
     # u, dS, dv, t, and what the gate is multiplied by; scores and denominators again, dc and dmu
     num_heads, gated = args[-2:]
     return 2 * _rank_augmented_macs(qkv, num_heads, gated, 4 + gated, 4)
+
+
+def _dynamic_mixing_product(query: Shape, kernel: Shape) -> int:
+    """Multiply-adds of one product over all slots, the logits for one, over all heads."""
+    return prod(query) * kernel[3]
+
+
+@register_flop_formula(torch.ops.backbones.dynamic_mixing)
+def _dynamic_mixing_flops(query: Shape, kernel: Shape, *args: Any, out_shape: Any = None) -> int:
+    return 2 * 2 * _dynamic_mixing_product(query, kernel)
+
+
+@register_flop_formula(torch.ops.backbones.dynamic_mixing_backward)
+def _dynamic_mixing_backward_flops(
+    grad: Shape, query: Shape, kernel: Shape, *args: Any, out_shape: Any = None
+) -> int:
+    # logits again, then those of the values, weights, queries and kernels
+    return 2 * 5 * _dynamic_mixing_product(query, kernel)
 
 
 @register_flop_formula(torch.ops.backbones.na2d_av)
@@ -237,6 +256,9 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def depthwise_conv_norm(inputs: list[Any], outputs: list[Any]) -> int:
         return _depthwise_conv_macs(get_shape(inputs[0]), get_shape(inputs[1]), 1)
 
+    def dynamic_mixing(inputs: list[Any], outputs: list[Any]) -> int:
+        return 2 * _dynamic_mixing_product(get_shape(inputs[0]), get_shape(inputs[1]))
+
     def na2d_av(inputs: list[Any], outputs: list[Any]) -> int:
         return prod(get_shape(inputs[0])) * get_shape(inputs[1])[-1]
 
@@ -261,6 +283,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         "backbones::channel_attention": channel_attention,
         "backbones::depthwise_conv": depthwise_conv,
         "backbones::depthwise_conv_norm": depthwise_conv_norm,
+        "backbones::dynamic_mixing": dynamic_mixing,
         "backbones::na2d_av": na2d_av,
         "backbones::partial_attention": partial_attention,
         "backbones::rank_augmented_attention": rank_augmented_attention,
