@@ -29,7 +29,7 @@ class Example:
         kernels: Module of the Triton kernels, if it is not called like the op.
         sized: Further arguments without a gradient, for a size of the map.
         least: The smallest side that it works for; smaller maps are enlarged.
-        axes: Where tensors that are maps have its batch, height and width.
+        axes: Where the first tensor has its batch, height and width.
     """
 
     op: str
@@ -58,12 +58,6 @@ class Example:
     def size(self, size: Size) -> Size:
         """The size of the map that stands for another one."""
         return size[0], max(size[1], self.least), max(size[2], self.least)
-
-    def is_map(self, tensor: Tensor, size: Size) -> bool:
-        """Whether a tensor of a call for a size has that of the map."""
-        shape = tuple(tensor.shape)
-        here = max(self.axes) < len(shape) and tuple(shape[axis] for axis in self.axes)
-        return here == self.size(size)
 
     def tensors(self, size: Size, dtype: torch.dtype = torch.float64) -> Tensors:
         """Make leaves."""
@@ -137,6 +131,23 @@ def _conv_addend(size: Size) -> dict[str, tuple[int, ...]]:
 
 def _conv_border(size: Size) -> dict[str, tuple[int, ...]]:
     return {**_conv_addend(size), "border": (3,)}
+
+
+def _mixing(
+    heads: int, dim: int, small: int, large: int
+) -> Callable[[Size], dict[str, tuple[int, ...]]]:
+    def shapes(size: Size) -> dict[str, tuple[int, ...]]:
+        slots = small**2 + large**2
+        return {
+            "query": (*size, heads * dim),
+            "kernel": (size[0], heads, dim, slots),
+            "value": (*size, 2 * heads * dim),
+            "bias": (slots,),
+            "table_small": (heads, 2 * small - 1, 2 * small - 1),
+            "table_large": (heads, 2 * large - 1, 2 * large - 1),
+        }
+
+    return shapes
 
 
 # of heads of 4 channels, on maps of up to 24 tokens a side; it has no gradient
@@ -220,6 +231,8 @@ EXAMPLES = [
         {"num_heads": 2},
         sized=_nchw_regions,
     ),
+    Example("dynamic_mixing", "", _mixing(2, 3, 3, 3), {}, least=3),
+    Example("dynamic_mixing", "of two sizes", _mixing(1, 2, 3, 5), {}, least=5),
     Example("na2d_av", "", _weights(9), {"kernel_size": 3}, least=3, axes=(0, 2, 3)),
     Example(
         "na2d_av",
