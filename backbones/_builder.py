@@ -35,6 +35,7 @@ def generate_cfgs(weights: Iterable[Weights], **family: Any) -> dict[str, Any]:
 
 def _cfg(row: Weights, family: dict[str, Any]) -> dict[str, Any]:
     return {
+        "url": row.urls[0] if row.direct else None,
         "hf_hub_id": row.hub_id,
         "hf_hub_filename": row.filename,
         "num_classes": row.num_classes,

@@ -21,7 +21,8 @@ def convert_state_dict(
     Args:
         state_dict: Weights of the model's family under official, timm's or our names; bare, or
             wrapped as training scripts do (see `unwrap`).
-        model: What the weights are for. It is not changed.
+        model: What the weights are for. It is not changed. Its `adapt_weights`, if it has one,
+            brings weights under our names to its form.
         require_head: Whether the classifier must be there and fit. Without it, as the filter of
             timm's loader, a missing classifier, another number of classes and another number of
             input channels pass: timm adapts them next.
@@ -34,6 +35,9 @@ def convert_state_dict(
     """
     target = {name: value.shape for name, value in model.state_dict().items()}
     given = family_of(model).to_ours(unwrap(state_dict))
+    adapt = getattr(model, "adapt_weights", None)
+    if adapt is not None:
+        given = adapt(given)
     classifiers, first_convs = _cfg_names(model, "classifier"), _cfg_names(model, "first_conv")
     heads = tuple(f"{name.split('.')[0]}." for name in classifiers)
     if not any(f"{name}.weight" in target for name in classifiers):

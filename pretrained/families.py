@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from . import biformer, davit, maxvit, ravlt, shvit
+from . import biformer, davit, maxvit, overlock, ravlt, shvit
 from .errors import WeightsError
 from .table import Weights
 
@@ -31,6 +31,7 @@ FAMILIES: dict[str, Family] = {
     "biformer": biformer,
     "davit": davit,
     "maxvit": maxvit,
+    "overlock": overlock,
     "ravlt": ravlt,
     "shvit": shvit,
 }

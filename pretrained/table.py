@@ -17,12 +17,14 @@ class Weights:
 
     Attributes:
         name: `model.tag`, as timm writes it.
-        hub_id: `org/repo` on the hub, or None if they are not there; `note` says what to do then.
+        hub_id: `org/repo` on the hub, or None if they are not there; unless `direct`, `note` says
+            what to do then.
         filename: The file in that repository.
         revision: Commit of that repository (40 hex digits), or None while it is not known; the
             hub's main branch is used then.
         sha256: Hash of that file, or None while it is not known.
         urls: Where the authors released the same weights, under their own tensor names.
+        direct: Whether the first of `urls` is a file that can be downloaded, for want of a hub.
         num_classes: Width of the classifier.
         input_size: Channels, height and width of the images the accuracy was measured on.
         crop_pct: Side of the centre crop over side of the resized image.
@@ -41,6 +43,7 @@ class Weights:
     revision: str | None = None
     sha256: str | None = None
     urls: tuple[str, ...] = ()
+    direct: bool = False
     num_classes: int = 1000
     input_size: tuple[int, int, int] = (3, 224, 224)
     crop_pct: float = 0.875
@@ -64,6 +67,8 @@ class Weights:
         Raises:
             WeightsError: They cannot be downloaded.
         """
+        if self.direct:
+            return self.urls[0]
         if self.hub_id is None:
             raise WeightsError(f"{self.name} cannot be downloaded: {self.note}")
         return f"hf-hub:{self.hub_id}" + (f"@{self.revision}" if self.revision else "")

@@ -58,7 +58,7 @@ class ConvNorm(nn.Sequential):
 
 
 class ConvNormAct(timm.layers.ConvNormAct):
-    """Convolution with bias, padded to keep the size, BatchNorm, and perhaps an activation.
+    """Convolution, padded to keep the size, BatchNorm, and perhaps an activation.
 
     Args:
         in_chs: Input channels.
@@ -66,6 +66,7 @@ class ConvNormAct(timm.layers.ConvNormAct):
         kernel_size: Side of the kernel, odd.
         stride: Stride of the convolution.
         act_layer: Makes the activation; None for none.
+        bias: Whether the convolution has a bias.
         device: Where parameters are made.
         dtype: Their type.
     """
@@ -81,6 +82,7 @@ class ConvNormAct(timm.layers.ConvNormAct):
         kernel_size: int = 3,
         stride: int = 1,
         act_layer: type[nn.Module] | None = nn.GELU,
+        bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -89,7 +91,7 @@ class ConvNormAct(timm.layers.ConvNormAct):
             out_chs,
             kernel_size,
             stride,
-            bias=True,
+            bias=bias,
             apply_act=act_layer is not None,
             act_layer=act_layer or nn.Identity,
             device=device,

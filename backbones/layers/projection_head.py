@@ -19,6 +19,7 @@ class ProjectionHead(nn.Module):
         hidden: Channels after the convolution.
         pool_type: timm's name of the pooling, "" for none.
         drop_rate: Dropout before the classifier.
+        bias: Whether the convolution has a bias.
         device: Where parameters are made.
         dtype: Their type.
     """
@@ -30,13 +31,14 @@ class ProjectionHead(nn.Module):
         hidden: int,
         pool_type: str = "avg",
         drop_rate: float = 0.0,
+        bias: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.hidden = hidden
-        self.proj = ConvNormAct(in_features, hidden, 1, act_layer=nn.SiLU, **dd)
+        self.proj = ConvNormAct(in_features, hidden, 1, act_layer=nn.SiLU, bias=bias, **dd)
         self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
         self.drop = nn.Dropout(drop_rate)
         self.fc = self._classifier(num_classes, **dd)

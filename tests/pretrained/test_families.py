@@ -27,7 +27,10 @@ def test_find_weights(name):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("shvit_s9.in1k", "did you mean"), ("zzz", "known: biformer, davit, maxvit, ravlt, shvit")],
+    [
+        ("shvit_s9.in1k", "did you mean"),
+        ("zzz", "known: biformer, davit, maxvit, overlock, ravlt, shvit"),
+    ],
 )
 def test_unknown_weights(name, hint):
     with pytest.raises(WeightsError, match=f"'{name}'.*{hint}"):

@@ -1,0 +1,52 @@
+"""A large depthwise kernel and the BatchNorm behind it (OverLoCK, arXiv 2502.20087)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .dilated_reparam import DilatedReparamConv
+from .fold import batch_norm_affine, fold_output
+
+
+class LargeKernelConv(nn.Module):
+    """A `DilatedReparamConv` and a BatchNorm, which `fuse()` makes one convolution.
+
+    Args:
+        dim: Channels.
+        kernel_size: Side of the kernel.
+        reparam: Make the merged form of the convolution.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    # torch.jit.script stumbles over annotations of a module class
+    if TYPE_CHECKING:
+        bn: nn.Module
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        reparam: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.rep = DilatedReparamConv(dim, kernel_size, reparam, device=device, dtype=dtype)
+        self.bn = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take and return a map `(B, H, W, dim)`."""
+        return self.bn(self.rep(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def fuse(self) -> LargeKernelConv:
+        """Merge the kernels and fold the norm into them; return the layer."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            conv = self.rep.reparameterize().conv
+            fold_output(conv, *batch_norm_affine(self.bn))
+            self.bn = nn.Identity()
+        return self
