@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from ._launch import Tile, cdiv, multiprocessors, next_power_of_2
 from ._mixing import Half
+from ._mixing_class_backward_kernels import (
+    mixing_class_queries_kernel,
+    mixing_class_values_kernel,
+)
+from ._mixing_class_kernels import mixing_class_fwd_kernel
+
+# float32 partial sums of the gradient of the logits
+_PARTIAL_BYTES = 16 << 20
+
+
+def largest_class(half: Half) -> int:
+    """Queries of the largest class: those of a corner, or all rows or columns if they share one."""
+    sides = (half.size if count == 1 else half.size // 2 + 1 for count in half.windows)
+    rows, cols = sides
+    return rows * cols
+
+
+def class_tile(half: Half) -> Tile:
+    """Queries and slots of a tile."""
+    block_m = min(64, max(16, next_power_of_2(largest_class(half))))
+    block_n = 32 if half.size**2 <= 32 else 64
+    tile = Tile(block_m, block_n, num_warps=max(1, block_m * block_n // 1024))
+    return tile.doubled() if half.wide else tile
+
+
+def _blocks(half: Half, tile: Tile) -> tuple[int, int]:
+    """Blocks of queries, and those of one class."""
+    parts = cdiv(largest_class(half), tile.block_m)
+    return half.windows[0] * half.windows[1] * parts, parts
+
+
+def _options(half: Half, tile: Tile) -> dict[str, Any]:
+    """Compile-time arguments and options of a launch."""
+    tiles = {"BLOCK_Q": tile.block_m, "BLOCK_N": tile.block_n}
+    return {**half.constants, **tiles, **tile.options}
 
 
 def forward(half: Half, out: Tensor, lse: Tensor) -> None:
@@ -15,7 +54,13 @@ def forward(half: Half, out: Tensor, lse: Tensor) -> None:
         out: Where the output is written, `(B, H, W, C)`, from channel `half.channel` on.
         lse: Where the logsumexp of the logits is written, `(B, G, H, W)`, float32.
     """
-    raise NotImplementedError
+    tile = class_tile(half)
+    blocks, parts = _blocks(half, tile)
+    mixing_class_fwd_kernel[(half.batch * half.heads * blocks,)](
+        half.query, half.kernel, half.value, half.bias, half.table, out, lse,
+        *half.strides, half.height, half.width, half.heads, blocks, parts,
+        half.slot, half.channel, out.shape[-1], **_options(half, tile),
+    )  # fmt: skip
 
 
 def backward(
@@ -44,4 +89,56 @@ def backward(
         The gradient of the logits summed over the batch, `(G, H', W', K * K)`, float32: of every
         pixel, or with H' = W' = K of every place in a window, pixels of one place summed.
     """
-    raise NotImplementedError
+    logits = _backward_queries(half, grad, out, lse, added, grad_query, grad_kernel)
+    tile = class_tile(half)
+    blocks, parts = _blocks(half, tile)
+    tiles = cdiv(half.height * half.width, tile.block_n)
+    mixing_class_values_kernel[(half.batch * half.heads * tiles,)](
+        half.query, half.kernel, half.bias, half.table, grad, lse, grad_value,
+        *half.strides[:6], half.height, half.width, half.heads, blocks, parts,
+        half.slot, half.channel, grad.shape[-1], **_options(half, tile),
+    )  # fmt: skip
+    return logits
+
+
+def _backward_queries(
+    half: Half,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    added: Tensor | None,
+    grad_query: Tensor,
+    grad_kernel: Tensor,
+) -> Tensor:
+    """Write the gradients of queries and kernels; returns that of the logits of every pixel."""
+    tile = queries_tile(half)
+    blocks, parts = _blocks(half, tile)
+    slots, pixels = half.size**2, half.height * half.width
+    chunk, groups = _groups(half, tile, blocks)
+    kernels = half.query.new_empty(
+        (blocks, half.batch, half.heads, half.dim, slots), dtype=torch.float32
+    )
+    logits = half.query.new_empty((groups, half.heads, pixels, slots), dtype=torch.float32)
+    mixing_class_queries_kernel[(groups * half.heads * blocks,)](
+        half.query, half.kernel, half.value, half.bias, half.table, grad, out, lse, added,
+        grad_query, kernels, logits,
+        *half.strides, half.height, half.width, half.heads, blocks, parts,
+        half.slot, half.channel, grad.shape[-1], half.batch, chunk, **_options(half, tile),
+    )  # fmt: skip
+    grad_kernel[..., half.slot : half.slot + slots] = kernels.sum(0)
+    return logits.sum(0).unflatten(1, (half.height, half.width))
+
+
+def queries_tile(half: Half) -> Tile:
+    """The tile of the gradient of the queries, whose program holds that of all their logits."""
+    tile = class_tile(half)
+    return tile.doubled() if half.size**2 > 64 else tile
+
+
+def _groups(half: Half, tile: Tile, blocks: int) -> tuple[int, int]:
+    """Images of a program that sums over them, and how many such groups there are."""
+    size = 4 * half.heads * half.height * half.width * half.size**2
+    wanted = 16 * multiprocessors(half.query) // (tile.num_warps * half.heads * blocks)
+    most = min(half.batch, max(1, wanted), max(1, _PARTIAL_BYTES // size))
+    chunk = cdiv(half.batch, most)
+    return chunk, cdiv(half.batch, chunk)
