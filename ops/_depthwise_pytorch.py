@@ -76,9 +76,21 @@ def convolve(
     return y if addend is None else y + addend
 
 
-def average(y: Tensor) -> Tensor:
-    """Average `y` `(B, H, W, C)` over the map, `(B, C)`."""
-    return y.mean((1, 2), dtype=accumulation_dtype(y.dtype)).to(y.dtype)
+def average(y: Tensor, mean: str) -> Tensor:
+    """Average `y` `(B, H, W, C)` over the map, `(B, C)`, or its squares for `mean="square"`.
+
+    Squares of 16-bit types may leave their range: their average is float32.
+    """
+    dtype = accumulation_dtype(y.dtype)
+    if mean == "square":
+        return y.to(dtype).square().mean((1, 2))
+    return y.mean((1, 2), dtype=dtype).to(y.dtype)
+
+
+def add_square_grad(grad: Tensor, grad_mean: Tensor, y: Tensor) -> Tensor:
+    """Add to the `grad` of `y` what comes through the average of its squares."""
+    scale = grad_mean * (2 / (y.shape[1] * y.shape[2]))
+    return torch.addcmul(grad, y, scale[:, None, None]).to(y.dtype)
 
 
 def forward(
@@ -88,11 +100,11 @@ def forward(
     addend: Tensor | None,
     at: Window,
     fused: Fused,
-    mean: bool,
+    mean: str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the result `(B, H', W', C)`, and with `mean` its average `(B, C)`, else nothing."""
+    """Compute the result `(B, H', W', C)`, and what `average` makes of it; nothing for ""."""
     y = activate(convolve(x, weight, bias, addend, at, fused), fused.act).contiguous()
-    return y, average(y) if mean else y.new_empty(0)
+    return y, average(y, mean) if mean else y.new_empty(0)
 
 
 def grad_sum(

@@ -5,7 +5,7 @@ each activation, addition or mean around it costs as much again. With a map `x` 
 
     t = pre_act(x)
     y = act(conv(t, w) + bias + t if residual + addend)
-    mean = average of y over the map, for squeeze-excite
+    mean = average of y, or of its squares, over the map: for squeeze-excite and response norms
 
 Beyond the edges of the map are zeros, after a border of one vector below and to the right if there
 is one: where a network has padded a map before the projection that made it, the padding is not
@@ -13,7 +13,8 @@ zero any more.
 
 Backward, with `g` the gradient of `y`; what the last activation took is computed anew:
 
-    dy = (g + dmean / (H' W')) * act'       daddend = dy
+    g += dmean / (H' W'), times 2 y of squares
+    dy = g * act'       daddend = dy
     dt = conv(dy, w turned around) + dy if residual, dx = dt * pre_act'(x)
     dw = sum of t times dy, tap by tap      dbias = sum of dy
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 from . import _depthwise_pytorch as pytorch
 from ._activations import ACTIVATIONS, activate
 from ._choice import implementation
-from ._common import reference_in_use
+from ._common import accumulation_dtype, reference_in_use
 from ._depthwise import Border, Fused, Window, cast_all, check_border, check_conv
 
 
@@ -60,17 +61,20 @@ def depthwise_conv_mean_reference(
     stride: int = 1,
     same: bool = False,
     act: str = "",
+    residual: bool = False,
+    pre_act: str = "",
+    square: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `depthwise_conv_mean` in plain, differentiable PyTorch."""
-    y = depthwise_conv_reference(x, weight, bias, None, stride, same, False, "", act)
-    return y, pytorch.average(y)
+    y = depthwise_conv_reference(x, weight, bias, None, stride, same, residual, pre_act, act)
+    return y, pytorch.average(y, "square" if square else "mean")
 
 
 @torch.library.custom_op(
     "backbones::depthwise_conv",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, SymInt stride, bool same, "
-    "bool residual, str pre_act, str act, bool mean, Tensor? border, SymInt bottom, SymInt right) "
+    "bool residual, str pre_act, str act, str mean, Tensor? border, SymInt bottom, SymInt right) "
     "-> (Tensor, Tensor)",
 )
 def _forward(
@@ -83,7 +87,7 @@ def _forward(
     residual: bool,
     pre_act: str,
     act: str,
-    mean: bool,
+    mean: str,
     border: Tensor | None,
     bottom: int,
     right: int,
@@ -94,7 +98,7 @@ def _forward(
         run = implementation("forward", x, at.size, stride)
         if border is None or not any(edge):
             return run.forward(x, weight, bias, addend, at, fused, mean)
-        y, _ = run.forward(edge.extend(x, border), weight, bias, None, at, fused, False)
+        y, _ = run.forward(edge.extend(x, border), weight, bias, None, at, fused, "")
         y = edge.crop(y)
         return y.contiguous() if addend is None else y + addend, x.new_empty(0)
 
@@ -110,26 +114,28 @@ def _(
     residual: bool,
     pre_act: str,
     act: str,
-    mean: bool,
+    mean: str,
     border: Tensor | None,
     bottom: int,
     right: int,
 ) -> tuple[Tensor, Tensor]:
     (batch, height, width, channels), at = x.shape, Window(weight.shape[-1], stride, same)
     out = x.new_empty((batch, at.out(height), at.out(width), channels))
-    return out, x.new_empty((batch, channels) if mean else (0,))
+    dtype = accumulation_dtype(x.dtype) if mean == "square" else x.dtype
+    return out, x.new_empty((batch, channels) if mean else (0,), dtype=dtype)
 
 
 @torch.library.custom_op(
     "backbones::depthwise_conv_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor? grad_mean, Tensor x, Tensor weight, Tensor? bias, SymInt stride, "
-    "bool same, bool residual, str pre_act, str act, Tensor? border, SymInt bottom, SymInt right, "
-    "bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor? grad_mean, Tensor? y, Tensor x, Tensor weight, Tensor? bias, "
+    "SymInt stride, bool same, bool residual, str pre_act, str act, Tensor? border, SymInt bottom, "
+    "SymInt right, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad: Tensor,
     grad_mean: Tensor | None,
+    y: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -147,6 +153,9 @@ def _backward(
     at, fused = Window(weight.shape[-1], stride, same), Fused(residual, pre_act, act)
     dx, dweight, dbias = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     edge = Border(bottom, right)
+    if y is not None and grad_mean is not None:
+        # the mean is that of squares
+        grad, grad_mean = pytorch.add_square_grad(grad, grad_mean, y), None
     if border is not None:
         x, grad = edge.extend(x, border), edge.extend(grad, grad.new_zeros(grad.shape[3]))
     with torch.autocast(x.device.type, enabled=False):
@@ -167,6 +176,7 @@ def _backward(
 def _(
     grad: Tensor,
     grad_mean: Tensor | None,
+    y: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -192,7 +202,8 @@ def _(
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, bias, _, *ctx.args, ctx.mean, border, bottom, right = inputs
     ctx.edge = bottom, right
-    ctx.save_for_backward(x, weight, bias, border)
+    y = output[0] if ctx.mean == "square" else None
+    ctx.save_for_backward(y, x, weight, bias, border)
     if not ctx.mean:
         ctx.mark_non_differentiable(output[1])
 
@@ -296,7 +307,7 @@ def depthwise_conv(
     """
     if torch.jit.is_scripting():
         return torch.ops.backbones.depthwise_conv(
-            x, weight, bias, addend, stride, same, residual, pre_act, act, False,
+            x, weight, bias, addend, stride, same, residual, pre_act, act, "",
             border, border_size[0], border_size[1],
         )[0]  # fmt: skip
     else:
@@ -310,7 +321,7 @@ def depthwise_conv(
             residual,
             pre_act,
             act,
-            False,
+            "",
             border,
             border_size,
         )[0]
@@ -323,32 +334,42 @@ def depthwise_conv_mean(
     stride: int = 1,
     same: bool = False,
     act: str = "",
+    residual: bool = False,
+    pre_act: str = "",
+    square: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Convolve as `depthwise_conv` does, and average the result, for squeeze-excite.
+    """Convolve as `depthwise_conv` does, and average the result, or its squares, over the map.
 
     Args:
         x: Map `(B, H, W, C)`.
         weight: Kernels `(C, 1, K, K)`.
         bias: Vector `(C,)`, or None.
-        stride: As in `depthwise_conv`.
-        same: As in `depthwise_conv`.
+        stride: As in `depthwise_conv`, like the three that follow.
+        same: Padding.
         act: Activation behind.
+        residual: Add what is convolved.
+        pre_act: Activation before.
+        square: Average squares, for a global response norm; else values, for squeeze-excite.
 
     Returns:
-        The map `(B, H', W', C)` and its average over the map `(B, C)`.
+        The map `(B, H', W', C)` and its average over the map `(B, C)`: of values in the type of the
+        map, of squares in float32 for 16-bit types, whose range squares may leave. These keep the
+        result for the backward pass.
 
     Raises:
         ValueError: As `depthwise_conv`.
 
     Source:
-        Squeeze-and-excitation, arXiv 1709.01507, section 3.1.
+        Squeeze-and-excitation, arXiv 1709.01507, section 3.1; global response normalisation,
+        arXiv 2301.00808, section 3.2.
     """
+    mean = "square" if square else "mean"
     if torch.jit.is_scripting():
         return torch.ops.backbones.depthwise_conv(
-            x, weight, bias, None, stride, same, False, "", act, True, None, 0, 0
+            x, weight, bias, None, stride, same, residual, pre_act, act, mean, None, 0, 0
         )
     else:
-        return _dispatch(x, weight, bias, None, stride, same, False, "", act, True)
+        return _dispatch(x, weight, bias, None, stride, same, residual, pre_act, act, mean)
 
 
 def _dispatch(
@@ -361,7 +382,7 @@ def _dispatch(
     residual: bool,
     pre_act: str,
     act: str,
-    mean: bool,
+    mean: str,
     border: Tensor | None = None,
     border_size: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
@@ -376,7 +397,7 @@ def _dispatch(
             y = depthwise_conv_reference(
                 x, weight, bias, addend, stride, same, residual, pre_act, act, border, border_size
             )
-            return y, pytorch.average(y) if mean else y
+            return y, pytorch.average(y, mean) if mean else y
     # through the packet, which torch.fx records; a call of the Python object it would not
     return torch.ops.backbones.depthwise_conv(
         x, weight, bias, addend, stride, same, residual, pre_act, act, mean, border, *border_size

@@ -123,7 +123,7 @@ def _autograd(ctx, grad: Tensor, grad_normed: Tensor, _: Tensor) -> tuple[Tensor
     dx = dweight = dbias = None
     if need_x or need_weight or need_bias:
         dx, dweight, dbias, _ = torch.ops.backbones.depthwise_conv_backward(
-            dy, None, x, weight, bias, 1, False, ctx.residual, "", "",
+            dy, None, None, x, weight, bias, 1, False, ctx.residual, "", "",
             None, 0, 0, need_x, need_weight or need_bias,
         )  # fmt: skip
     return (

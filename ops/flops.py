@@ -173,6 +173,7 @@ def _depthwise_conv_flops(
 def _depthwise_conv_backward_flops(
     grad: Shape,
     grad_mean: Any,
+    y: Any,
     x: Shape,
     weight: Shape,
     bias: Any,

@@ -1,9 +1,12 @@
 """Small layers that the families share."""
 
+from .context_mixing import ContextMixing
+from .contmix_block import ContMixBlock
 from .conv_norm import ConvNorm, ConvNormAct, NormLinear, Residual
 from .depthwise_mlp import DepthwiseMlp
 from .dilated_reparam import DilatedReparamConv
 from .dual_attention import ChannelAttention, ConvAttentionBlock, WindowAttention
+from .global_response_norm import GlobalResponseNorm
 from .lepe_attention import LepeAttention
 from .mbconv import ConvStem, MBConv
 from .multi_axis import MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
@@ -23,6 +26,8 @@ __all__ = [
     "BiLevelRoutingAttention",
     "ChannelAttention",
     "ChannelsLastStage",
+    "ContMixBlock",
+    "ContextMixing",
     "ConvAttentionBlock",
     "ConvNorm",
     "ConvNormAct",
@@ -30,6 +35,7 @@ __all__ = [
     "ConvStem",
     "DepthwiseMlp",
     "DilatedReparamConv",
+    "GlobalResponseNorm",
     "LepeAttention",
     "MBConv",
     "MultiAxisBlock",

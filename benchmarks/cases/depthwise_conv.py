@@ -27,7 +27,7 @@ class ConvCase(Case):
         addend: Adds another map.
         pre_act: Activation before.
         act: Activation behind.
-        mean: Also averages the result.
+        mean: Also averages the result: "mean", of its squares: "square", or "" for neither.
     """
 
     op: ClassVar[str] = "depthwise_conv"
@@ -41,7 +41,7 @@ class ConvCase(Case):
     addend: bool = False
     pre_act: str = ""
     act: str = ""
-    mean: bool = False
+    mean: str = ""
 
     @property
     def name(self) -> str:
@@ -78,16 +78,15 @@ class ConvCase(Case):
 
     def options(self) -> dict[str, Any]:
         """Arguments that are not tensors."""
-        common = {"stride": self.stride, "same": self.same, "act": self.act}
-        return (
-            common if self.mean else {**common, "residual": self.residual, "pre_act": self.pre_act}
-        )
+        around = {"residual": self.residual, "pre_act": self.pre_act, "act": self.act}
+        options = {"stride": self.stride, "same": self.same, **around}
+        return {**options, "square": self.mean == "square"} if self.mean else options
 
     def function(self, reference: bool = False) -> Callable[..., Any]:
         """Return the public op or its reference; both take `tensors` by name."""
         from backbones import ops
 
-        name = self.op + "_mean" * self.mean + "_reference" * reference
+        name = self.op + "_mean" * bool(self.mean) + "_reference" * reference
         return partial(getattr(ops, name), **self.options())
 
     def launch(self) -> None:
@@ -100,7 +99,10 @@ class ConvCase(Case):
         at = Window(self.kernel, self.stride, self.same)
         fused = Fused(self.residual, self.pre_act, self.act)
         out, mean = launchers.forward(x, weight, bias, addend, at, fused, self.mean)
-        grad, grad_mean = torch.empty_like(out), torch.empty_like(mean) if self.mean else None
+        grad, grad_mean = (
+            torch.empty_like(out),
+            torch.empty_like(mean) if self.mean == "mean" else None,
+        )
         dy = launchers.grad_sum(grad, grad_mean, x, weight, bias, at, fused)
         launchers.grad_input(dy, x, weight, at, fused)
         launchers.grad_weight(dy, x, weight, at, fused)
@@ -146,11 +148,14 @@ def _stages(
 def _overlock(image: tuple[int, int]) -> Iterator[ConvCase]:
     stages = _stages("overlock_xt", image, (56, 112, 256, 336))
     for stage, kernel in zip(stages, (17, 15, 13, 7), strict=True):
-        yield ConvCase(**stage, part="mixer", kernel=kernel, mean=True)
+        yield ConvCase(**stage, part="mixer", kernel=kernel, mean="mean")
+    options: dict[str, Any] = {"part": "ffn", "residual": True, "pre_act": "gelu"}
+    for stage in _stages("overlock_xt", image, (224, 448, 1024, 1344)):
+        yield ConvCase(**stage, **options, mean="square")
 
 
 def _maxvit(image: tuple[int, int]) -> Iterator[ConvCase]:
-    options: dict[str, Any] = {"part": "mbconv", "act": "gelu_tanh", "mean": True}
+    options: dict[str, Any] = {"part": "mbconv", "act": "gelu_tanh", "mean": "mean"}
     # the first block of a stage halves a map of the stage before
     for stage in _stages("maxvit_tiny_tf_224", image, (256, 512, 1024, 2048), reduction=2):
         yield ConvCase(**stage, **options, stride=2, same=True)
@@ -175,7 +180,7 @@ def cases() -> list[ConvCase]:
         *_rest((224, 224)),
         *_overlock((224, 224)),
         *_maxvit((224, 224)),
-        *(ConvCase(**s, part="merge", stride=2, act="relu", mean=True) for s in shvit),
+        *(ConvCase(**s, part="merge", stride=2, act="relu", mean="mean") for s in shvit),
         *_rest(DETECTION),
         *_overlock(DETECTION),
     ]
@@ -187,7 +192,10 @@ def tiny_cases() -> list[ConvCase]:
         ConvCase(**tiny(9, 11), channels=6, part="lepe", kernel=5, addend=True),
         ConvCase(**tiny(7, 5), channels=6, part="ffn", residual=True, pre_act="gelu"),
         ConvCase(
-            **tiny(6, 5), channels=6, part="mbconv", stride=2, same=True, act="silu", mean=True
+            **tiny(6, 5), channels=6, part="mbconv", stride=2, same=True, act="silu", mean="mean"
         ),
-        ConvCase(**tiny(8, 9), channels=4, part="mixer", kernel=13, mean=True),
+        ConvCase(**tiny(8, 9), channels=4, part="mixer", kernel=13, mean="mean"),
+        ConvCase(
+            **tiny(8, 5), channels=4, part="ffn", residual=True, pre_act="gelu", mean="square"
+        ),
     ]

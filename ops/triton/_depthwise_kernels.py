@@ -31,7 +31,7 @@ def depthwise_rows_kernel(
     other,  # (B, H, W, C) or None, see `emit_row`
     shift,  # (B, C), float32, or None
     out,  # (B, H, W, C)
-    sums,  # (B, chunks * strips, C), float32, or None: sums of `out`
+    sums,  # (B, chunks * strips, C), float32, or None: sums that SUM says, of `out`
     x_b,
     x_y,
     x_x,
@@ -51,13 +51,13 @@ def depthwise_rows_kernel(
     PRE_ACT: tl.constexpr,
     JOB: tl.constexpr,
     ACT: tl.constexpr,
+    SUM: tl.constexpr,
     ALIGN: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SPAN: tl.constexpr,
 ):
     PAD: tl.constexpr = K // 2
-    SUM: tl.constexpr = sums is not None
     image, first, exists = locate_strips(tl.program_id(0) // chunks, problems, strips, GROUPS, SPAN)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = exists[:, None] & (c < C * ALIGN)[None, :]
@@ -118,7 +118,7 @@ def depthwise_stride_kernel(
     other,  # (B, OUT_H, OUT_W, C) or None, see `emit_row`
     shift,  # (B, C), float32, or None
     out,  # (B, OUT_H, OUT_W, C)
-    sums,  # (B, chunks * strips, C), float32, or None: sums of `out`
+    sums,  # (B, chunks * strips, C), float32, or None: sums that SUM says, of `out`
     x_b,
     x_y,
     x_x,
@@ -141,12 +141,12 @@ def depthwise_stride_kernel(
     PRE_ACT: tl.constexpr,
     JOB: tl.constexpr,
     ACT: tl.constexpr,
+    SUM: tl.constexpr,
     ALIGN: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    SUM: tl.constexpr = sums is not None
     COUNT: tl.constexpr = STRIDE * (SPAN - 1) + K
     image, first, exists = locate_strips(tl.program_id(0) // chunks, problems, strips, GROUPS, SPAN)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -249,11 +249,11 @@ def depthwise_stride_grad_kernel(
             emit_row(
                 target + offset_of(y, W * C, ALIGN), C,
                 beside + offset_of(y, other_y, ALIGN), other_x,
-                even, nothing, unused, unused, column, inside, W, JOB, ACT, ALIGN, 2 * SPAN, False,
+                even, nothing, unused, unused, column, inside, W, JOB, ACT, ALIGN, 2 * SPAN, "",
             )  # fmt: skip
         if y + 1 < H:
             emit_row(
                 target + offset_of(y + 1, W * C, ALIGN), C,
                 beside + offset_of(y + 1, other_y, ALIGN), other_x,
-                odd, nothing, unused, unused, column, inside, W, JOB, ACT, ALIGN, 2 * SPAN, False,
+                odd, nothing, unused, unused, column, inside, W, JOB, ACT, ALIGN, 2 * SPAN, "",
             )  # fmt: skip

@@ -91,13 +91,14 @@ def store_span(
     pixels, stride, tiles, first, inside, W, total,
     ALIGN: tl.constexpr, COUNT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Write COUNT pixels of a row; with SUM, add what was written to `total`."""
+    """Write COUNT pixels of a row; SUM "mean" adds them to `total`, "square" their squares."""
     for s in tl.static_range(COUNT):
         mask = inside & ((first + s >= 0) & (first + s < W))[:, None]
         tile = tiles[s].to(pixels.dtype.element_ty)
         tl.store(pixels + offset_of(s, stride, ALIGN), tile, mask=mask)
-        if SUM:
-            total += tl.where(mask, tile.to(tl.float32), 0.0)
+        if SUM != "":
+            written = tl.where(mask, tile.to(tl.float32), 0.0)
+            total += written * written if SUM == "square" else written
     return total
 
 

@@ -122,7 +122,7 @@ def _convolve(
     grad: Tensor | None = None,
     grad_mean: Tensor | None = None,
     point: Tensor | None = None,
-    mean: bool = False,
+    mean: str = "",
 ) -> tuple[Tensor, Tensor]:
     # one of the three at most
     maps = Maps(x.shape[3], x, next((t for t in (addend, grad, point) if t is not None), None))
@@ -144,12 +144,12 @@ def _convolve(
             *maps.strides, height, width, maps.channels, strips.across, strips.rows, strips.total,
             first, end - pad if whole else end, end,
             K=kernel, COLS=cols, RESIDUAL=fused.residual, PRE_ACT=fused.pre_act, ACT=fused.act,
-            ALIGN=maps.align, **_options(x),
+            SUM=mean, ALIGN=maps.align, **_options(x),
         )  # fmt: skip
     if sums is None:
         return out, x.new_empty(0)
     means = sums.view(batch, strips.across * strips.down, channels).sum(1) / (height * width)
-    return out, means.to(x.dtype)
+    return out, means if mean == "square" else means.to(x.dtype)
 
 
 def forward(
@@ -159,9 +159,9 @@ def forward(
     addend: Tensor | None,
     at: Window,
     fused: Fused,
-    mean: bool,
+    mean: str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the result `(B, H, W, C)`, and with `mean` its average `(B, C)`, else nothing."""
+    """Compute the result `(B, H, W, C)`, and what `average` makes of it; nothing for ""."""
     assert at.stride == 1
     return _convolve(x, weight, fused, bias=bias, addend=addend, mean=mean)
 

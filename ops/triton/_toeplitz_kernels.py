@@ -155,8 +155,12 @@ def behind(
     RESIDUAL: tl.constexpr,
     PRE_ACT: tl.constexpr,
     ACT: tl.constexpr,
+    SUM: tl.constexpr,
 ):
-    """Finish and store row `row` of outputs `(BLOCK_C, BLOCK_M, COLS)`; return their sums."""
+    """Finish and store row `row` of outputs `(BLOCK_C, BLOCK_M, COLS)`; return sums of a strip.
+
+    Of squares, if SUM is "square".
+    """
     value = tl.permute(done, (1, 2, 0))
     if bias is not None:
         value += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, None, :]
@@ -184,7 +188,10 @@ def behind(
     offsets, mask = locate_pixels(image, col, c, inside, W, C, tl.cast(H * W, tl.int64) * C, C)
     mask = mask & is_within(row, low, high)
     tl.store(out + tl.cast(row, tl.int64) * W * C + offsets, rounded, mask=mask)
-    return tl.sum(tl.where(mask, rounded.to(tl.float32), 0.0), 1)
+    written = tl.where(mask, rounded.to(tl.float32), 0.0)
+    if SUM == "square":
+        written *= written
+    return tl.sum(written, 1)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "first", "last", "end"])
@@ -197,7 +204,7 @@ def toeplitz_conv_kernel(
     grad_mean,  # (B, C) or None
     point,  # (B, H, W, C) or None: multiply by the derivative of the activation there
     out,  # (B, H, W, C)
-    sums,  # (B * strips, chunks, C) or None
+    sums,  # (B * strips, chunks, C) or None: sums of `out`, or of squares
     x_b,
     x_y,
     x_x,
@@ -220,6 +227,7 @@ def toeplitz_conv_kernel(
     RESIDUAL: tl.constexpr,
     PRE_ACT: tl.constexpr,
     ACT: tl.constexpr,
+    SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -248,7 +256,7 @@ def toeplitz_conv_kernel(
         added += behind(
             done, low + step - (K - 1), low, high, image, col, c, inside,
             x, bias, addend, grad, grad_mean, point, out, x_b, x_y, x_x, side_b, side_y, side_x,
-            H, W, C, RESIDUAL, PRE_ACT, ACT,
+            H, W, C, RESIDUAL, PRE_ACT, ACT, SUM,
         )  # fmt: skip
         moved = ()
         for q in tl.static_range(1, K - 1):
@@ -261,7 +269,7 @@ def toeplitz_conv_kernel(
         added += behind(
             waiting[0], low + step - (K - 1), low, high, image, col, c, inside,
             x, bias, addend, grad, grad_mean, point, out, x_b, x_y, x_x, side_b, side_y, side_x,
-            H, W, C, RESIDUAL, PRE_ACT, ACT,
+            H, W, C, RESIDUAL, PRE_ACT, ACT, SUM,
         )  # fmt: skip
         waiting = waiting[1:] + (none,)
     if sums is not None:

@@ -63,13 +63,14 @@ def _convolve(
     at: Window,
     fused: Fused,
     job: str,
-    mean: bool = False,
+    mean: str = "",
     flip: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch a convolution; see `_strips.emit_row` for `job`, `other` and `shift`.
 
     Returns:
-        The map, and with `mean` sums of strips `(B, strips, C)` in float32, else None.
+        The map, and with `mean` sums of strips `(B, strips, C)` in float32, of values or of
+        squares, else None.
     """
     (batch, height, width, channels), (out_h, out_w) = x.shape, _out_size(at, x)
     tile, enough = strips_tile(at.size, channels, fused.pre_act), programs_of(at.size)
@@ -80,8 +81,8 @@ def _convolve(
     sums = x.new_empty(shape, dtype=torch.float32) if mean else None
     tensors = (maps.maps[0], _taps(weight), _vector(bias), maps.maps[1], shift, out, sums)
     constants = {
-        "K": at.size, "PRE_ACT": fused.pre_act, "JOB": job, "ACT": fused.act, "ALIGN": maps.align,
-        **grid.tile.constants,
+        "K": at.size, "PRE_ACT": fused.pre_act, "JOB": job, "ACT": fused.act, "SUM": mean,
+        "ALIGN": maps.align, **grid.tile.constants,
     }  # fmt: skip
     with torch.cuda.device_of(x):
         if at.stride == 1:
@@ -104,16 +105,17 @@ def forward(
     addend: Tensor | None,
     at: Window,
     fused: Fused,
-    mean: bool,
+    mean: str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the result `(B, H', W', C)`, and with `mean` its average `(B, C)`, else nothing."""
+    """Compute the result `(B, H', W', C)`, and what `average` makes of it; nothing for ""."""
     if at.size >= MATRICES:
         return toeplitz.forward(x, weight, bias, addend, at, fused, mean)
     job = "result" if addend is None else "add"
     y, sums = _convolve(x, weight, bias, addend, None, at, fused, job, mean)
     if sums is None:
         return y, y.new_empty(0)
-    return y, (sums.sum(1) / (y.shape[1] * y.shape[2])).to(y.dtype)
+    means = sums.sum(1) / (y.shape[1] * y.shape[2])
+    return y, means if mean == "square" else means.to(y.dtype)
 
 
 def grad_sum(
@@ -214,7 +216,7 @@ def forward_norm(
     batch, height, width, channels = x.shape
     stats = x.new_empty((2, batch, height, width), dtype=torch.float32)
     if at.size != 3 or channels > _MOST_CHANNELS:
-        y = forward(x, weight, bias, None, at, fused, False)[0]
+        y = forward(x, weight, bias, None, at, fused, "")[0]
         variance, mean = torch.var_mean(y.float(), dim=-1, correction=0)
         torch.stack([mean, (variance + eps).rsqrt()], out=stats)
         return y, F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps), stats

@@ -94,7 +94,9 @@ def joined(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     if isinstance(out, Tensor):
         return out
     first, second = out
-    return first + 2 * (second if second.ndim == 4 else second[:, None, None])
+    if second.ndim != first.ndim:
+        second = second[:, None, None]
+    return first + 2 * second.to(first.dtype)
 
 
 def weight(out: Tensor) -> Tensor:
@@ -252,6 +254,13 @@ EXAMPLES = [
         "of stride 2",
         _conv(3),
         {"stride": 2, "same": True, "act": "gelu_tanh"},
+        "_mean",
+    ),
+    Example(
+        "depthwise_conv",
+        "of squares",
+        _conv(3),
+        {"residual": True, "pre_act": "gelu", "square": True},
         "_mean",
     ),
     Example(

@@ -122,6 +122,27 @@ def test_stride_2_and_mean(size, same, act):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("square", [False, True])
+def test_means_of_values_and_of_squares(size, square):
+    tensors = leaves(size, 3)
+    t = F.gelu(tensors[0])
+    expected = F.silu(t + conv2d(t, *tensors[1:]))
+    options = {"act": "silu", "residual": True, "pre_act": "gelu", "square": square}
+    out, mean = depthwise_conv_mean(*tensors, **options)
+    means = (expected.square() if square else expected).mean((1, 2))
+    torch.testing.assert_close(mean, means, rtol=0, atol=1e-12)
+    close(out + 3 * mean[:, None, None], expected + 3 * means[:, None, None], tensors)
+
+
+def test_means_of_squares_are_wide_in_16_bit():
+    tensors = [300 * t.detach().half() for t in leaves((2, 9, 7), 3)[:1]]
+    weight = torch.zeros(4, 1, 3, 3).half()
+    y, mean = depthwise_conv_mean(*tensors, weight, residual=True, square=True)
+    assert mean.dtype == torch.float32 and mean.max() > 65504
+    torch.testing.assert_close(mean, y.float().square().mean((1, 2)))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
 def test_norm(size, residual):
     norm = [leaf("norm_weight", 4), leaf("norm_bias", 4)]
@@ -142,6 +163,7 @@ COMBINATIONS = [
     (7, {"addend": True}),
     (9, {}),
     *[(kernel, {"mean": True}) for kernel in (7, 13, 15, 17)],
+    (3, {"mean": True, "square": True, "residual": True, "pre_act": "gelu"}),
     *[
         (3, {"mean": True, "act": act, "stride": stride, "same": same})
         for act, (stride, same) in itertools.product(

@@ -26,13 +26,14 @@ class Call:
     fused: Fused = NONE
     bias: bool = False
     addend: bool = False
-    mean: bool = False
+    mean: str = ""
 
     @property
     def name(self) -> str:
         """Size, kernel and what is fused."""
-        parts = [name for name in ("bias", "addend", "mean") if getattr(self, name)]
-        return f"{'x'.join(map(str, self.size))} {self.kernel} {tuple(self.fused)} {parts}"
+        parts = [name for name in ("bias", "addend") if getattr(self, name)]
+        sizes = f"{'x'.join(map(str, self.size))} {self.kernel}"
+        return f"{sizes} {tuple(self.fused)} {parts} {self.mean}"
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Everything that any of the launchers takes."""
@@ -66,11 +67,11 @@ class Call:
 
 # maps below the kernel, channels beside a block, several strips, rows in two parts, two blocks
 CALLS = [
-    Call((2, 5, 7, 3), 13, Fused(act="gelu"), bias=True, mean=True),
+    Call((2, 5, 7, 3), 13, Fused(act="gelu"), bias=True, mean="mean"),
     Call((1, 4, 18, 9), 11, Fused(True, "gelu"), addend=True),
-    Call((1, 17, 3, 3), 11, Fused(True, "gelu", "silu"), bias=True, mean=True),
+    Call((1, 17, 3, 3), 11, Fused(True, "gelu", "silu"), bias=True, mean="square"),
     Call((1, 4, 9, 2), 17),
-    Call((6, 2, 20, 8), 15, Fused(act="relu"), addend=True, mean=True),
+    Call((6, 2, 20, 8), 15, Fused(act="relu"), addend=True, mean="mean"),
 ]
 each_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 
@@ -94,7 +95,9 @@ def check(launchers, call: Call, part: str, given: dict[str, Tensor]) -> None:
     wanted = call.run(pytorch, part, doubled)
     assert len(results) == len(wanted)
     for value, expected in zip(results, wanted, strict=True):
-        assert value.dtype == given["x"].dtype and value.shape == expected.shape
+        squares = value.ndim == 2 and call.mean == "square"
+        assert value.dtype == torch.float32 if squares else given["x"].dtype
+        assert value.shape == expected.shape
         assert value.is_contiguous() or part == "grad_sum"
         assert error(value, expected) < TOLERANCE[value.dtype]
 
@@ -138,7 +141,7 @@ def test_strides(launchers, part):
 @needs_interpreter
 @pytest.mark.parametrize("part", PARTS[1:])
 def test_gradients_without_strides(launchers, part):
-    call = Call((2, 3, 5, 3), 11, Fused(True, "relu", "gelu"), mean=True)
+    call = Call((2, 3, 5, 3), 11, Fused(True, "relu", "gelu"), mean="mean")
     given = call.tensors(torch.float32)
     given["grad"] = torch.arange(3.0).expand(call.size)
     check(launchers, call, part, given)
@@ -156,7 +159,7 @@ def test_deterministic(launchers, part):
 @needs_interpreter
 @pytest.mark.parametrize("part", PARTS)
 def test_an_empty_batch_passes(launchers, part):
-    call = Call((0, 4, 5, 3), 13, Fused(True, "gelu", "gelu"), bias=True, mean=True)
+    call = Call((0, 4, 5, 3), 13, Fused(True, "gelu", "gelu"), bias=True, mean="mean")
     given = call.tensors(torch.float32)
     with poisoned():
         results = call.run(launchers, part, given)
@@ -214,7 +217,7 @@ def test_maps_are_split_only_where_whole_columns_do_not_fill_the_device(launcher
     "call",
     [
         *CALLS,
-        Call((16, 56, 56, 64), 17, bias=True, mean=True),
+        Call((16, 56, 56, 64), 17, bias=True, mean="mean"),
         Call((2, 100, 152, 112), 15, Fused(act="gelu"), bias=True),
         Call((32, 14, 14, 320), 13, Fused(True)),
     ],
