@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from backbones.ops._neighborhood import window_starts
+
 from .layers import (
     BiLevelRoutingAttention,
+    ContextMixing,
     LepeAttention,
     RankAugmentedAttention,
     RotaryAttention,
 )
+
+# number of the first stage of OverLoCK's focus
+_FOCUS = 2
 
 
 class Call(NamedTuple):
@@ -24,12 +31,14 @@ class Call(NamedTuple):
         stride: Pixels of the image per token.
         layer: The attention.
         x: Its input `(1, H, W, C)`.
+        others: Its further inputs.
     """
 
     stage: int
     stride: int
     layer: Any
     x: Tensor
+    others: tuple[Any, ...] = ()
 
 
 class Panel(NamedTuple):
@@ -37,7 +46,8 @@ class Panel(NamedTuple):
 
     Attributes:
         title: Above it.
-        heat: Values `(rows, cols)` of 0 or more; without a query of mean one.
+        heat: Values `(rows, cols)` of 0 or more, without a query of mean one; or colours
+            `(rows, cols, 3)` from 0 to 1.
         cell: Height and width of one value, in pixels.
         query: Row and column of the value that attends, or None.
     """
@@ -66,10 +76,12 @@ def attention_calls(model: nn.Module, image: Tensor, *layers: type[nn.Module]) -
     for name, module in model.named_modules():
         if not isinstance(module, layers):
             continue
-        stage = int(name.split(".")[1])
+        # OverLoCK's focus goes on where its base network ends
+        part, number, *_ = name.split(".")
+        stage = int(number) + (_FOCUS if part == "focus" else 0)
 
         def record(layer: nn.Module, inputs: tuple[Any, ...], stage: int = stage) -> None:
-            calls.append(Call(stage, strides[stage], layer, inputs[0]))
+            calls.append(Call(stage, strides[stage], layer, inputs[0], inputs[1:]))
 
         handles.append(module.register_forward_pre_hook(record))
     try:
@@ -108,7 +120,7 @@ def routing_panels(model: nn.Module, image: Tensor, point: tuple[int, int]) -> l
 
 
 def _routes(calls: list[Call], point: tuple[int, int]) -> Panel:
-    stage, stride, layer, x = calls[0]
+    stage, stride, layer, x, _ = calls[0]
     (rows, cols), (height, width) = layer.grid(*x.shape[1:3])
     cell = (height * stride, width * stride)
     query = _cell_of(point, cell, (rows, cols))
@@ -128,7 +140,7 @@ def _cell_of(
 
 
 def _attention(calls: list[Call], point: tuple[int, int]) -> Panel:
-    stage, stride, _, x = calls[0]
+    stage, stride, _, x, _ = calls[0]
     query = _cell_of(point, (stride, stride), (x.shape[1], x.shape[2]))
     weights = torch.zeros(x.shape[1:3])
     for call in calls:
@@ -167,3 +179,76 @@ def _half(weights: Tensor) -> float:
     """Share of the tokens that hold half the weight, averaged over blocks and heads."""
     heaviest = weights.flatten(2).sort(-1, descending=True).values.cumsum(-1)
     return float((heaviest < 0.5).float().mean(-1).mean()) + 1 / heaviest.shape[-1]
+
+
+@torch.no_grad()
+def context_panels(model: nn.Module, image: Tensor, point: tuple[int, int]) -> list[Panel]:
+    """Find the context that guides OverLoCK's focus, and the kernels it mixes at one point.
+
+    Args:
+        model: An OverLoCK.
+        image: Normalised image `(1, 3, H, W)`.
+        point: Column and row of a pixel.
+
+    Returns:
+        The overview's context as colours, its three principal components; and for each stage of
+        the focus and either kernel, the weights in the point's window, averaged over blocks and
+        heads.
+
+    Raises:
+        ValueError: A map smaller than the kernels, which is resized before it is mixed.
+    """
+    context: list[Tensor] = []
+    overview = getattr(model, "context_proj", None)
+    if overview is None:
+        return []
+    handle = overview.register_forward_hook(lambda _, inputs, output: context.append(output))
+    try:
+        calls = attention_calls(model, image, ContextMixing)
+    finally:
+        handle.remove()
+    stages = [_kernels(stage, point) for stage in _by_stage(calls)]
+    return [_colours(context[0][0]), *(panel for panels in stages for panel in panels)]
+
+
+def _colours(context: Tensor) -> Panel:
+    """A map `(H, W, C)` at stride 32 as colours."""
+    pixels = context.flatten(0, 1).float()
+    pixels = pixels - pixels.mean(0)
+    # few pixels have fewer components
+    axes = torch.linalg.svd(pixels, full_matrices=False)[2][:3]
+    parts = pixels @ axes.T
+    low, high = parts.amin(0), parts.amax(0)
+    colours = torch.full((len(pixels), 3), 0.5)
+    colours[:, : parts.shape[1]] = (parts - low) / (high - low).clamp(min=1e-12)
+    return Panel("overview's context", colours.unflatten(0, context.shape[:2]), (32, 32))
+
+
+def _kernels(calls: list[Call], point: tuple[int, int]) -> list[Panel]:
+    """The small and the large kernel of a point in one stage."""
+    stage, stride, layer, x, _ = calls[0]
+    size = (x.shape[1], x.shape[2])
+    query = _cell_of(point, (stride, stride), size)
+    weights = [call.layer.attention(call.x, call.others[0]) for call in calls]
+    panels = []
+    for side, blocks in zip(
+        (layer.small_kernel_size, layer.kernel_size), zip(*weights, strict=True), strict=True
+    ):
+        mean = torch.stack([block[0].float().mean(0) for block in blocks]).mean(0)
+        title = f"stage {stage + 1}: {side}x{side}, {len(calls)} blocks"
+        panels.append(Panel(title, _spread(mean, size, query), (stride, stride), query))
+    return panels
+
+
+def _spread(weights: Tensor, size: tuple[int, int], query: tuple[int, int]) -> Tensor:
+    """Put the kernel of one pixel, of those of a map `(H, W, K * K)`, where its window lies."""
+    if weights.shape[:2] != size:
+        raise ValueError(
+            f"a map of {size[0]}x{size[1]} is smaller than its kernels: draw an image of 193 "
+            "pixels or more (--size)"
+        )
+    side = math.isqrt(weights.shape[2])
+    row, col = (int(window_starts(n, side)[i]) for n, i in zip(size, query, strict=True))
+    spread = torch.zeros(size)
+    spread[row : row + side, col : col + side] = weights[query].unflatten(0, (side, side))
+    return spread

@@ -10,8 +10,13 @@ import torch
 from PIL import Image
 
 from backbones import visualize
-from backbones.attention_maps import attention_calls, concentration_panels, routing_panels
-from backbones.layers import BiLevelRoutingAttention
+from backbones.attention_maps import (
+    attention_calls,
+    concentration_panels,
+    context_panels,
+    routing_panels,
+)
+from backbones.layers import BiLevelRoutingAttention, ContextMixing
 from tests.backbones.models import FAMILIES, VARIANTS, deterministic
 from tests.support import golden
 from tests.support.process import ROOT
@@ -106,19 +111,60 @@ def test_weights_are_those_of_the_formula():
     torch.testing.assert_close(layer.token_weights(x)[0, 0].flatten(), expected)
 
 
+@torch.no_grad()
+def test_kernels_are_those_that_mix():
+    model = deterministic(FAMILIES["overlock"].create()).double()
+    x, point = golden.image((1, 3, 225, 260)), (3, 223)
+    overview, *panels = context_panels(model, x, point)
+    assert (overview.heat.shape, overview.cell, overview.query) == ((8, 9, 3), (32, 32), None)
+    assert [tuple(panel.heat.shape) for panel in panels] == [(15, 17)] * 2 + [(8, 9)] * 2
+    assert [panel.query for panel in panels] == [(13, 0)] * 2 + [(6, 0)] * 2
+    assert all((panel.heat.sum() - 1).abs() < 1e-5 for panel in panels)
+    call = next(call for call in attention_calls(model, x, ContextMixing) if call.stage == 3)
+    context, value = call.others
+    # every head mixes the same values here, so the mean of its kernels mixes the mean of heads
+    value = torch.ones_like(value[..., :1]).cumsum(1).cumsum(2).expand_as(value)
+    mixed = call.layer(call.x, context, value)[0, 6, 0].unflatten(0, (2, -1)).mean(1)
+    for half, panel in zip(mixed, panels[2:], strict=True):
+        expected = (panel.heat * value[0, ..., 0]).sum()
+        torch.testing.assert_close(half, expected.double(), rtol=1e-5, atol=0)
+
+
+def test_the_context_of_a_small_image_is_not_drawn():
+    model = deterministic(FAMILIES["overlock"].create())
+    with pytest.raises(ValueError, match="12x16 is smaller than its kernels: draw an image of 193"):
+        context_panels(model, golden.image((1, 3, 192, 256)), (0, 0))
+
+
 @pytest.mark.parametrize(
     "program, model",
-    [("routing", "biformer_tiny"), ("routing", "biformer_stl"), ("concentration", "ravlt_t")],
+    [
+        ("routing", "biformer_tiny"),
+        ("routing", "biformer_stl"),
+        ("context", "overlock_xt"),
+        ("concentration", "ravlt_t"),
+    ],
 )
 def test_the_program_writes_a_picture(program, model, picture, tmp_path, capsys):
     output = tmp_path / "out.png"
     arguments = [program, str(picture), "--model", model, "-o", str(output), "--untrained"]
-    assert visualize.main([*arguments, "--size", "67"]) == 0
+    size = "193" if program == "context" else "67"
+    assert visualize.main([*arguments, "--size", size]) == 0
     assert capsys.readouterr().out == f"wrote {output}\n"
     with Image.open(output) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     assert image.width > 3 * image.height > 300
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500
+
+
+def test_every_point_has_a_row(picture, tmp_path):
+    output, points = tmp_path / "out.png", ["--at", "0.1", "0.2", "--at", "1", "1"]
+    arguments = ["routing", str(picture), "-o", str(output), "--untrained", "--size", "64"]
+    assert visualize.main([*arguments, *points]) == 0
+    with Image.open(output) as two:
+        assert visualize.main(arguments) == 0
+        with Image.open(output) as one:
+            assert two.width == one.width and two.height > 1.6 * one.height
 
 
 def test_official_weights_are_taken_from_a_file(picture, tmp_path, capsys):
