@@ -21,6 +21,7 @@ from ._version import __version__  # noqa: E402
 from .biformer import BiFormer  # noqa: E402
 from .davit import DaViT  # noqa: E402
 from .maxvit import MaxViT  # noqa: E402
+from .overlock import OverLoCK  # noqa: E402
 from .ravlt import RAVLT  # noqa: E402
 from .shvit import SHViT  # noqa: E402
 
@@ -31,6 +32,7 @@ __all__ = [
     "BiFormer",
     "DaViT",
     "MaxViT",
+    "OverLoCK",
     "SHViT",
     "__version__",
     "create_model",

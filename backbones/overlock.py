@@ -12,8 +12,6 @@ kernel, which is so for images with a side below 193, it is resized for the mixi
 official code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +39,7 @@ _KERNELS = (17, 15, 13, 7, 13, 7)
 _SMALL_KERNEL = 5
 _BASE_STAGES = 3
 _PYRAMIDS = ("", "det", "seg")
+_PYRAMID_LAYERS = ("feature_norms.", "overview_skip.")
 
 
 class OverLoCK(HeadedBackbone):
@@ -170,8 +169,9 @@ class OverLoCK(HeadedBackbone):
                 # the third of these stages is no feature
                 if index < 2 and index in keep:
                     maps.append(self.feature_norms[0](x) if index == 0 else x)
-        overview = self.overview(x) if end > 1 else x
-        # a linear layer, on maps with channels last
+        if end < 2:
+            return x, x, maps
+        overview = self.overview(x)
         prior = self.context_proj(overview.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         for index, stage in enumerate(self.focus, 2):
             if index <= end:
@@ -350,7 +350,7 @@ class OverLoCK(HeadedBackbone):
         return set()
 
     @torch.no_grad()
-    def reparameterize(self) -> OverLoCK:
+    def reparameterize(self) -> "OverLoCK":
         """Merge every large kernel with the smaller ones beside it, in place, in any type.
 
         The model can still be trained; load weights of the other form before. Outputs in eval mode
@@ -368,7 +368,7 @@ class OverLoCK(HeadedBackbone):
         return self
 
     @torch.no_grad()
-    def fuse(self) -> OverLoCK:
+    def fuse(self) -> "OverLoCK":
         """Fold what is exact for inference, in place; see `Backbone.fuse`."""
         self.reparameterize()
         super().fuse()
@@ -379,17 +379,23 @@ class OverLoCK(HeadedBackbone):
         """Bring weights under our names to the form of this model.
 
         Kernels are merged where the model is re-parameterised; the auxiliary head goes where it has
-        none.
+        none; weights without the layers of a pyramid get those of the model.
 
         Args:
             weights: Name -> tensor.
 
         Raises:
-            WeightsError: Merged weights for a model that is not.
+            WeightsError: Merged weights, or those of a pyramid, for a model that is not.
         """
         given = dict(weights)
+        own = {k: v for k, v in self.state_dict().items() if k.startswith(_PYRAMID_LAYERS)}
         if self.aux_head is None:
             given = {k: v for k, v in given.items() if not k.startswith("aux_head.")}
+        of_pyramid = any(name.startswith(_PYRAMID_LAYERS) for name in given)
+        if of_pyramid and not own:
+            raise WeightsError(
+                "the weights are of a pyramid: create the model with pyramid='det' or 'seg'"
+            )
         if not self.reparam and any(name.endswith(".rep.conv.bias") for name in given):
             raise WeightsError(
                 "the weights are of the re-parameterised form: create the model with reparam=True"
@@ -397,7 +403,7 @@ class OverLoCK(HeadedBackbone):
         for name, layer in self.named_modules():
             if self.reparam and isinstance(layer, DilatedReparamConv):
                 _merge(given, f"{name}.")
-        return given
+        return given if of_pyramid else {**given, **own}
 
 
 def _merge(weights: dict[str, Tensor], prefix: str) -> None:
@@ -459,9 +465,8 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Bring an official state dict to the names of `model`; norms that only pyramids have stay."""
-    weights = convert_state_dict(state_dict, model, require_head=False)
-    return weights
+    """Bring an official state dict to the names and the form of `model`."""
+    return convert_state_dict(state_dict, model, require_head=False)
 
 
 default_cfgs = generate_cfgs(

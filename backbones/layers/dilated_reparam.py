@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.fx
 from timm.layers import is_exportable
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -152,11 +153,18 @@ class DepthwiseNorm(nn.Module):
 
         In float32 at least, so that nothing is lost in 16 bit before kernels are summed.
         """
-        mean, variance = stats
-        wide = torch.promote_types(mean.dtype, torch.float32)
-        scale = self.bn.weight.to(wide) * (variance.to(wide) + self.bn.eps).rsqrt()
-        taps = self.conv.weight.to(wide) * scale[:, None, None, None]
-        return taps, self.bn.bias.to(wide) - mean.to(wide) * scale
+        return _affine(self.conv.weight, self.bn.weight, self.bn.bias, stats, self.bn.eps)
+
+
+# one call in a graph of torch.fx, which would keep what it computes from buffers as constants
+@torch.fx.wrap
+def _affine(
+    kernels: Tensor, weight: Tensor, bias: Tensor, stats: tuple[Tensor, Tensor], eps: float
+) -> tuple[Tensor, Tensor]:
+    mean, variance = stats
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    scale = weight.to(wide) * (variance.to(wide) + eps).rsqrt()
+    return kernels.to(wide) * scale[:, None, None, None], bias.to(wide) - mean.to(wide) * scale
 
 
 class DilatedReparamConv(DepthwiseNorm):

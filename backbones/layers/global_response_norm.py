@@ -48,9 +48,7 @@ class GlobalResponseNorm(timm.layers.grn.GlobalResponseNorm):
         else:
             y, square = depthwise_conv_mean(x, weight, bias, *options)
         # of channels that are zero everywhere a root has no gradient
-        norms = square.clamp(min=1e-30).sqrt()
-        # eps is for norms of sums, of which these are averages
-        eps = self.eps * (y.shape[1] * y.shape[2]) ** -0.5
-        ratio = norms / (norms.mean(1, keepdim=True) + eps)
+        norms = (square * (y.shape[1] * y.shape[2])).clamp(min=1e-30).sqrt()
+        ratio = norms / (norms.mean(1, keepdim=True) + self.eps)
         scale = 1 + self.weight * ratio
         return torch.addcmul(self.bias.to(y.dtype), y, scale.to(y.dtype)[:, None, None])

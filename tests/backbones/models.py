@@ -21,8 +21,9 @@ class Small:
         args: Arguments that make it so; a tuple as long as there are stages has a value for each.
         widths: Channels of its features.
         strides: Their strides.
-        stages: Its stages.
+        stages: Its stages; 0 if none can be left out.
         floor: Whether sizes of maps are rounded down, else up.
+        sequential: Whether timm can run its layers one after the other.
     """
 
     name: str
@@ -31,13 +32,14 @@ class Small:
     strides: tuple[int, ...] = (4, 8, 16, 32)
     stages: int = 4
     floor: bool = False
+    sequential: bool = True
 
     def create(self, **kwargs: Any) -> nn.Module:
         """The model, as timm makes it."""
         return timm.create_model(self.name, **{"num_classes": 10, **self.args, **kwargs})
 
     def create_short(self, **kwargs: Any) -> nn.Module:
-        """The model with its first two stages only."""
+        """The model with its first two stages only, if that can be."""
         args = {
             name: value[:2] if isinstance(value, tuple) and len(value) == self.stages else value
             for name, value in self.args.items()
@@ -64,6 +66,14 @@ _DAVIT = {"embed_dims": _WIDTHS, "num_heads": _HEADS, "depths": _DEPTHS}
 _MAXVIT = {"embed_dim": _WIDTHS, "depths": _DEPTHS, "stem_width": (16, 24), "img_size": 64}
 _MAXVIT_TF = {**_MAXVIT, "head_hidden_size": 48}
 _MAXVIT_MAPS = ((24, *_WIDTHS), (2, 4, 8, 16, 32))
+_OVERLOCK = {
+    "dims": (32, 48, 64, 96),
+    "depths": (1, 1, 1, 1),
+    "focus_depths": (2, 1),
+    "num_heads": (2, 3),
+    "head_hidden_size": 48,
+}
+_OVERLOCK_MAPS = (32, 48, 88, 120)
 _RAVLT = {
     "embed_dims": _WIDTHS,
     "num_heads": _HEADS,
@@ -77,6 +87,7 @@ FAMILIES = {
     "biformer": Small("biformer_tiny", _BIFORMER, _WIDTHS),
     "davit": Small("davit_tiny", _DAVIT, _WIDTHS),
     "maxvit": Small("maxvit_tiny_tf_224", _MAXVIT_TF, *_MAXVIT_MAPS),
+    "overlock": Small("overlock_xt", _OVERLOCK, _OVERLOCK_MAPS, stages=0, sequential=False),
     "ravlt": Small("ravlt_t", _RAVLT, _WIDTHS),
     "shvit": Small("shvit_s1", _SHVIT, (32, 48, 72), (16, 32, 64), stages=3),
 }
@@ -90,6 +101,13 @@ VARIANTS = {
     "maxvit_rw": Small("maxvit_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),
     "maxvit_rmlp": Small("maxvit_rmlp_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),
     "maxvit_pm": Small("maxvit_tiny_pm_256", _MAXVIT, *_MAXVIT_MAPS),
+    "overlock_reparam": Small(
+        "overlock_xt",
+        {**_OVERLOCK, "reparam": True},
+        _OVERLOCK_MAPS,
+        stages=0,
+        sequential=False,
+    ),
 }
 
 
