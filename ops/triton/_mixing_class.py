@@ -11,6 +11,7 @@ from ._launch import Tile, cdiv, multiprocessors, next_power_of_2
 from ._mixing import Half
 from ._mixing_class_backward_kernels import (
     mixing_class_queries_kernel,
+    mixing_class_slots_kernel,
     mixing_class_values_kernel,
 )
 from ._mixing_class_kernels import mixing_class_fwd_kernel
@@ -26,12 +27,16 @@ def largest_class(half: Half) -> int:
     return rows * cols
 
 
-def class_tile(half: Half) -> Tile:
-    """Queries and slots of a tile."""
+def row_tile(half: Half) -> Tile:
+    """Queries, and slots or keys, of the tiles that a program walks through."""
     block_m = min(64, max(16, next_power_of_2(largest_class(half))))
-    block_n = 32 if half.size**2 <= 32 else 64
-    tile = Tile(block_m, block_n, num_warps=max(1, block_m * block_n // 1024))
+    tile = Tile(block_m, 32, num_warps=max(1, block_m // 16), num_stages=1)
     return tile.doubled() if half.wide else tile
+
+
+def slots_tile(half: Half) -> Tile:
+    """The tile of the gradient of the logits that a program keeps."""
+    return row_tile(half)
 
 
 def _blocks(half: Half, tile: Tile) -> tuple[int, int]:
@@ -54,7 +59,7 @@ def forward(half: Half, out: Tensor, lse: Tensor) -> None:
         out: Where the output is written, `(B, H, W, C)`, from channel `half.channel` on.
         lse: Where the logsumexp of the logits is written, `(B, G, H, W)`, float32.
     """
-    tile = class_tile(half)
+    tile = row_tile(half)
     blocks, parts = _blocks(half, tile)
     mixing_class_fwd_kernel[(half.batch * half.heads * blocks,)](
         half.query, half.kernel, half.value, half.bias, half.table, out, lse,
@@ -89,39 +94,36 @@ def backward(
         The gradient of the logits summed over the batch, `(G, H', W', K * K)`, float32: of every
         pixel, or with H' = W' = K of every place in a window, pixels of one place summed.
     """
-    logits = _backward_queries(half, grad, out, lse, added, grad_query, grad_kernel)
-    tile = class_tile(half)
+    channels, tile = grad.shape[-1], row_tile(half)
     blocks, parts = _blocks(half, tile)
+    sizes = (half.height, half.width, half.heads, blocks, parts, half.slot, half.channel, channels)
+    delta = torch.empty_like(lse)
+    mixing_class_queries_kernel[(half.batch * half.heads * blocks,)](
+        half.query, half.kernel, half.value, half.bias, half.table, grad, out, lse, delta,
+        added, grad_query, *half.strides, *sizes, **_options(half, tile),
+    )  # fmt: skip
     tiles = cdiv(half.height * half.width, tile.block_n)
     mixing_class_values_kernel[(half.batch * half.heads * tiles,)](
         half.query, half.kernel, half.bias, half.table, grad, lse, grad_value,
-        *half.strides[:6], half.height, half.width, half.heads, blocks, parts,
-        half.slot, half.channel, grad.shape[-1], **_options(half, tile),
+        *half.strides[:6], *sizes, **_options(half, tile),
     )  # fmt: skip
-    return logits
+    return _backward_slots(half, grad, lse, delta, grad_kernel)
 
 
-def _backward_queries(
-    half: Half,
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    added: Tensor | None,
-    grad_query: Tensor,
-    grad_kernel: Tensor,
+def _backward_slots(
+    half: Half, grad: Tensor, lse: Tensor, delta: Tensor, grad_kernel: Tensor
 ) -> Tensor:
-    """Write the gradients of queries and kernels; returns that of the logits of every pixel."""
-    tile = queries_tile(half)
+    """Write the gradient of the kernels; returns that of the logits of every pixel."""
+    tile = slots_tile(half)
     blocks, parts = _blocks(half, tile)
     slots, pixels = half.size**2, half.height * half.width
-    chunk, groups = _groups(half, tile, blocks)
-    kernels = half.query.new_empty(
-        (blocks, half.batch, half.heads, half.dim, slots), dtype=torch.float32
-    )
-    logits = half.query.new_empty((groups, half.heads, pixels, slots), dtype=torch.float32)
-    mixing_class_queries_kernel[(groups * half.heads * blocks,)](
-        half.query, half.kernel, half.value, half.bias, half.table, grad, out, lse, added,
-        grad_query, kernels, logits,
+    tiles = cdiv(slots, tile.block_n)
+    chunk, groups = _groups(half, tile, tiles * blocks)
+    kernels = lse.new_empty((blocks, half.batch, half.heads, half.dim, slots))
+    logits = lse.new_empty((groups, half.heads, pixels, slots))
+    mixing_class_slots_kernel[(groups * half.heads * blocks * tiles,)](
+        half.query, half.kernel, half.value, half.bias, half.table, grad, lse, delta,
+        kernels, logits,
         *half.strides, half.height, half.width, half.heads, blocks, parts,
         half.slot, half.channel, grad.shape[-1], half.batch, chunk, **_options(half, tile),
     )  # fmt: skip
@@ -129,16 +131,10 @@ def _backward_queries(
     return logits.sum(0).unflatten(1, (half.height, half.width))
 
 
-def queries_tile(half: Half) -> Tile:
-    """The tile of the gradient of the queries, whose program holds that of all their logits."""
-    tile = class_tile(half)
-    return tile.doubled() if half.size**2 > 64 else tile
-
-
-def _groups(half: Half, tile: Tile, blocks: int) -> tuple[int, int]:
+def _groups(half: Half, tile: Tile, programs: int) -> tuple[int, int]:
     """Images of a program that sums over them, and how many such groups there are."""
     size = 4 * half.heads * half.height * half.width * half.size**2
-    wanted = 16 * multiprocessors(half.query) // (tile.num_warps * half.heads * blocks)
+    wanted = 16 * multiprocessors(half.query) // (tile.num_warps * half.heads * programs)
     most = min(half.batch, max(1, wanted), max(1, _PARTIAL_BYTES // size))
     chunk = cdiv(half.batch, most)
     return chunk, cdiv(half.batch, chunk)
