@@ -38,10 +38,12 @@ def test_row(name, millions, macs, size, top1, link):
     known = [weights.top1[key] for key in ("paper", "timm", "repository") if key in weights.top1]
     assert known[:1] == ([] if top1 == "-" else [float(top1)])
     assert link.lower().endswith(f", {weights.license}")
-    if weights.hub_id is None:
+    if weights.hub_id is not None:
+        assert link.startswith(f"[`{weights.name}`](https://huggingface.co/{weights.hub_id}), ")
+    elif weights.urls and "links are dead" not in link:
+        assert link.startswith(f"[`{weights.name}`]({weights.urls[0]}), ")
+    else:
         assert "links are dead" in link
-        return
-    assert link.startswith(f"[`{weights.name}`](https://huggingface.co/{weights.hub_id}), ")
 
 
 @pytest.mark.parametrize("block", BLOCKS)
