@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._common import accumulation_dtype, autocast
 
-_LARGEST = 17
+LARGEST = 17
 
 
 class Window(NamedTuple):
@@ -128,8 +128,8 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, at: Window) -> No
     channels = x.shape[3]
     if weight.shape != (channels, 1, at.size, at.size):
         raise ValueError(f"weight {tuple(weight.shape)} must be (C, 1, K, K) with C = {channels}")
-    if at.size % 2 == 0 or at.size < 3 or at.size > _LARGEST:
-        raise ValueError(f"kernels of {at.size}: they must be odd, from 3 to {_LARGEST}")
+    if at.size % 2 == 0 or at.size < 3 or at.size > LARGEST:
+        raise ValueError(f"kernels of {at.size}: they must be odd, from 3 to {LARGEST}")
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias {tuple(bias.shape)} must be a vector of C = {channels}")
     if at.stride != 1 and (at.stride, at.size) != (2, 3):

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from . import channel_attention as _channel_attention  # noqa: F401  registers the op
 from . import depthwise_conv as _depthwise_conv  # noqa: F401
+from . import depthwise_conv_moments as _depthwise_conv_moments  # noqa: F401
 from . import depthwise_conv_norm as _depthwise_conv_norm  # noqa: F401
 from . import dynamic_mixing as _dynamic_mixing  # noqa: F401
 from . import na2d_av as _na2d_av  # noqa: F401
@@ -192,6 +193,24 @@ def _depthwise_conv_norm_flops(x: Shape, weight: Shape, *args: Any, out_shape: A
     return 2 * _depthwise_conv_macs(x, weight, 1)
 
 
+def _depthwise_conv_moments_macs(x: Shape, weights: Sequence[Shape]) -> int:
+    return sum(_depthwise_conv_macs(x, weight, 1) for weight in weights)
+
+
+@register_flop_formula(torch.ops.backbones.depthwise_conv_moments)
+def _depthwise_conv_moments_flops(
+    x: Shape, weights: Sequence[Shape], *args: Any, out_shape: Any = None
+) -> int:
+    return 2 * _depthwise_conv_moments_macs(x, weights)
+
+
+@register_flop_formula(torch.ops.backbones.depthwise_conv_moments_backward)
+def _depthwise_conv_moments_backward_flops(*args: Any, out_shape: Any = None) -> int:
+    *_, x, weights, _, need_x, need_weight = args
+    # the convolutions are computed anew
+    return 2 * (1 + need_x + need_weight) * _depthwise_conv_moments_macs(x, weights)
+
+
 def _route_regions_macs(qkv: Shape, regions: int) -> int:
     return qkv[0] * regions**2 * qkv[3] // 3
 
@@ -254,6 +273,10 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         border = inputs[11].toIValue(), inputs[12].toIValue()
         return _depthwise_conv_macs(*shapes, inputs[4].toIValue(), border)
 
+    def depthwise_conv_moments(inputs: list[Any], outputs: list[Any]) -> int:
+        weights = [get_shape(i) for i in inputs[1].node().inputs()]
+        return _depthwise_conv_moments_macs(get_shape(inputs[0]), weights)
+
     def depthwise_conv_norm(inputs: list[Any], outputs: list[Any]) -> int:
         return _depthwise_conv_macs(get_shape(inputs[0]), get_shape(inputs[1]), 1)
 
@@ -283,6 +306,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     return {
         "backbones::channel_attention": channel_attention,
         "backbones::depthwise_conv": depthwise_conv,
+        "backbones::depthwise_conv_moments": depthwise_conv_moments,
         "backbones::depthwise_conv_norm": depthwise_conv_norm,
         "backbones::dynamic_mixing": dynamic_mixing,
         "backbones::na2d_av": na2d_av,

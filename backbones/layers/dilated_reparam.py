@@ -84,8 +84,8 @@ def _track(
 @torch.fx.wrap
 def batch_statistics(
     x: Tensor,
-    weights: Sequence[Tensor],
-    dilations: Sequence[int],
+    weights: list[Tensor],
+    dilations: list[int],
     tracked: Sequence[tuple[Sequence[Tensor], float | None]],
     group: Any,
     plain: bool,

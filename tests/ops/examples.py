@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Example:
         sized: Further arguments without a gradient, for a size of the map.
         least: The smallest side that it works for; smaller maps are enlarged.
         axes: Where the first tensor has its batch, height and width.
+        lists: Arguments that are lists of tensors, by the names of these.
+        wide: Whether it returns float32 for 16-bit types.
     """
 
     op: str
@@ -41,6 +43,8 @@ class Example:
     sized: Callable[[Size], dict[str, Any]] = lambda size: {}
     least: int = 1
     axes: Size = (0, 1, 2)
+    lists: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    wide: bool = False
 
     def __str__(self) -> str:
         return f"{self.op}{self.variant} {self.kind}".strip()
@@ -52,8 +56,8 @@ class Example:
 
     @property
     def keeps_type(self) -> bool:
-        """Whether it leaves the type of what it is given alone under autocast."""
-        return self.options.get("residual", False) or self.op == "na2d_av"
+        """Whether it returns the type of what it is given under autocast."""
+        return self.wide or self.options.get("residual", False) or self.op == "na2d_av"
 
     def size(self, size: Size) -> Size:
         """The size of the map that stands for another one."""
@@ -74,7 +78,10 @@ class Example:
         size = tuple(shape[axis] for axis in self.axes)
         if torch.jit.is_tracing():
             size = tuple(int(length) for length in size)
-        return {**tensors, **self.options, **self.sized(size)}
+        listed = {name: [tensors[n] for n in names] for name, names in self.lists.items()}
+        names = {name for names in self.lists.values() for name in names}
+        single = {name: t for name, t in tensors.items() if name not in names}
+        return {**single, **listed, **self.options, **self.sized(size)}
 
     def __call__(self, tensors: Tensors) -> Tensor:
         """Call the op."""
@@ -125,6 +132,10 @@ def _conv(kernel: int, norm: bool = False) -> Callable[[Size], dict[str, tuple[i
         return tensors
 
     return shapes
+
+
+def _branches(size: Size) -> dict[str, tuple[int, ...]]:
+    return {"x": (*size, 3), "first": (3, 1, 5, 5), "second": (3, 1, 3, 3)}
 
 
 def _conv_addend(size: Size) -> dict[str, tuple[int, ...]]:
@@ -262,6 +273,15 @@ EXAMPLES = [
         _conv(3),
         {"residual": True, "pre_act": "gelu", "square": True},
         "_mean",
+    ),
+    Example(
+        "depthwise_conv_moments",
+        "",
+        _branches,
+        {"dilations": [1, 3]},
+        kernels="depthwise_conv",
+        lists={"weights": ("first", "second")},
+        wide=True,
     ),
     Example(
         "depthwise_conv_norm",
