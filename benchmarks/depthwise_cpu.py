@@ -87,7 +87,7 @@ def residual_ways(x: Tensor, weight: Tensor, shape: Shape) -> Ways:
 
     at, fused, maps = Window(shape.kernel), Fused(residual=True), x.permute(0, 2, 3, 1)
     return {
-        "op": lambda: _depthwise_pytorch.forward(maps, weight, None, None, at, fused, False),
+        "op": lambda: _depthwise_pytorch.forward(maps, weight, None, None, at, fused, ""),
         "added channels_last": lambda: x + conv(x),
         "added planes": lambda: planes(lambda x: x + conv(x), x),
     }

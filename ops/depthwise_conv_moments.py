@@ -31,13 +31,14 @@ def depthwise_conv_moments_reference(
     x: Tensor, weights: list[Tensor], dilations: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Compute `depthwise_conv_moments` in plain, differentiable PyTorch."""
-    # wide before and not behind: bfloat16 gradients of dilated kernels are wrong on a CPU
-    dtype, pairs = accumulation_dtype(x.dtype), []
-    planes = x.permute(0, 3, 1, 2).to(dtype)
+    wide = accumulation_dtype(x.dtype)
+    # on a CPU bfloat16 gradients of dilated kernels are wrong
+    dtype = wide if x.device.type == "cpu" else x.dtype
+    planes, pairs = x.permute(0, 3, 1, 2).to(dtype), []
     for weight, dilation in zip(weights, dilations, strict=True):
         pad = dilation * (weight.shape[-1] // 2)
         z = F.conv2d(planes, weight.to(dtype), None, 1, pad, dilation, x.shape[3])
-        pairs.append(torch.var_mean(z, (0, 2, 3), correction=0))
+        pairs.append(torch.var_mean(z.to(wide), (0, 2, 3), correction=0))
     variances, means = zip(*pairs, strict=True)
     return torch.stack(means), torch.stack(variances)
 
@@ -80,14 +81,18 @@ def _(x: Tensor, weights: list[Tensor], dilations: list[int]) -> tuple[Tensor, T
 def _scaled_grad(
     z: Tensor, grads: tuple[Tensor, Tensor], stats: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `z` `(B, H, W, C)`, as a factor `(C,)` and what it is a multiple of."""
+    """The gradient of `z` `(B, H, W, C)`, as a factor `(C,)` and what it is a multiple of.
+
+    `z` may be overwritten.
+    """
     (grad_mean, grad_variance), (mean, variance) = grads, stats
     count = z.shape[0] * z.shape[1] * z.shape[2]
     slope = 2 * grad_variance
     size = (grad_mean.abs() + slope.abs() * variance.sqrt()) * count**0.5
     # where nothing comes back nothing goes on
     size = torch.where(size > 0, size, 1)
-    dz = torch.addcmul(grad_mean / size, z - mean, slope / size)
+    wide = z.to(mean.dtype)
+    dz = wide.sub_(mean).mul_(slope / size).add_(grad_mean / size)
     return size / count, dz.to(z.dtype)
 
 
@@ -108,9 +113,8 @@ def _backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    dtype = accumulation_dtype(x.dtype)
-    dx = torch.zeros(x.shape if need_x else (0,), dtype=dtype, device=x.device)
-    dweights = [torch.zeros(w.shape if need_weight else (0,)).to(w) for w in weights]
+    dx = torch.zeros(x.shape if need_x else (0,), dtype=mean.dtype, device=x.device)
+    dweights = [w.new_zeros(w.shape if need_weight else (0,)) for w in weights]
     if x.numel() == 0:
         return dx.to(x.dtype), dweights
     with torch.autocast(x.device.type, enabled=False):

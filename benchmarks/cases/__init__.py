@@ -8,6 +8,7 @@ The ahead-of-time report, the benchmarks and the tests on a GPU share this list.
 from . import (
     channel_attention,
     depthwise_conv,
+    depthwise_conv_moments,
     depthwise_conv_norm,
     partial_attention,
     rank_augmented_attention,
@@ -23,6 +24,7 @@ _OPS = (
     rank_augmented_attention,
     routing_attention,
     depthwise_conv,
+    depthwise_conv_moments,
     depthwise_conv_norm,
 )
 

@@ -17,6 +17,7 @@ PEERS: dict[str, Peers] = {
     "rank_augmented_attention": rank_augmented_attention.PEERS,
     "routing_attention": routing_attention.PEERS,
     "depthwise_conv": depthwise_conv.PEERS,
+    "depthwise_conv_moments": depthwise_conv.PEERS,
     "depthwise_conv_norm": depthwise_conv.PEERS,
 }
 
