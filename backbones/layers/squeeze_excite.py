@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-import timm.layers
-from torch import Tensor
+from typing import Any
 
-from backbones.ops import depthwise_conv_mean
+import timm.layers
+from timm.layers import is_exportable
+from torch import Tensor, nn
+
+from backbones.ops import depthwise_conv_mean, depthwise_conv_mean_reference
 
 
 class SqueezeExcite(timm.layers.SqueezeExcite):
-    """Timm's layer, which can also average while the convolution before it runs."""
+    """Timm's layer, which can also average while the convolution before it runs.
+
+    Args:
+        channels: Channels of a map `(B, channels, H, W)`.
+        rd_ratio: Inner over outer width, rounded to a multiple of 8.
+        rd_channels: Inner width; None for that of `rd_ratio`.
+        act_layer: Activation inside, by name or class.
+        device: Where parameters are made.
+        dtype: Their type.
+    """
+
+    __constants__ = ("exportable",)
+
+    def __init__(
+        self,
+        channels: int,
+        rd_ratio: float = 1 / 16,
+        rd_channels: int | None = None,
+        act_layer: str | type[nn.Module] = "relu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            channels,
+            rd_ratio,
+            rd_channels,
+            act_layer=act_layer,
+            device=device,
+            dtype=dtype,
+        )
+        self.exportable = is_exportable()
 
     def forward_conv(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, same: bool, act: str
@@ -18,15 +51,19 @@ class SqueezeExcite(timm.layers.SqueezeExcite):
 
         Args:
             x: Map `(B, C, H, W)`.
-            weight: Kernels `(C, 1, 3, 3)`.
+            weight: Kernels `(C, 1, K, K)`.
             bias: Vector `(C,)`, or None.
-            stride: 1 or 2.
+            stride: 1, or 2 for kernels of 3.
             same: Pad as TensorFlow's "same" does, with stride 2.
             act: Activation by name, see `ops.depthwise_conv`.
 
         Returns:
             A map `(B, C, ceil(H / stride), ceil(W / stride))`.
         """
-        y, mean = depthwise_conv_mean(x.permute(0, 2, 3, 1), weight, bias, stride, same, act)
+        maps, options = x.permute(0, 2, 3, 1), (stride, same, act)
+        if self.exportable:
+            y, mean = depthwise_conv_mean_reference(maps, weight, bias, *options)
+        else:
+            y, mean = depthwise_conv_mean(maps, weight, bias, *options)
         hidden = self.act(self.bn(self.fc1(mean[:, :, None, None])))
         return y.permute(0, 3, 1, 2) * self.gate(self.fc2(hidden))
