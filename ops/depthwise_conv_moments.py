@@ -31,16 +31,23 @@ def depthwise_conv_moments_reference(
     x: Tensor, weights: list[Tensor], dilations: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Compute `depthwise_conv_moments` in plain, differentiable PyTorch."""
-    wide = accumulation_dtype(x.dtype)
-    # on a CPU bfloat16 gradients of dilated kernels are wrong
-    dtype = wide if x.device.type == "cpu" else x.dtype
-    planes, pairs = x.permute(0, 3, 1, 2).to(dtype), []
+    pairs = []
     for weight, dilation in zip(weights, dilations, strict=True):
-        pad = dilation * (weight.shape[-1] // 2)
-        z = F.conv2d(planes, weight.to(dtype), None, 1, pad, dilation, x.shape[3])
-        pairs.append(torch.var_mean(z.to(wide), (0, 2, 3), correction=0))
+        z = _plain_conv(x.permute(0, 3, 1, 2), weight, dilation)
+        wide = z.to(accumulation_dtype(z.dtype))
+        pairs.append(torch.var_mean(wide, (0, 2, 3), correction=0))
     variances, means = zip(*pairs, strict=True)
     return torch.stack(means), torch.stack(variances)
+
+
+def _plain_conv(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    options = (None, 1, dilation * (weight.shape[-1] // 2), dilation, x.shape[1])
+    if x.device.type != "cpu":
+        return F.conv2d(x, weight, *options)
+    # in bfloat16 its gradients are wrong there, see `_depthwise_dilated.grad_weight`
+    dtype = accumulation_dtype(x.dtype)
+    with torch.autocast("cpu", enabled=False):
+        return F.conv2d(x.to(dtype), weight.to(dtype), *options)
 
 
 def _moments(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -159,6 +159,24 @@ def test_autocast_measures_and_merges_in_float32():
         assert (value - bn.running_var).norm() / bn.running_var.norm() < 1e-2
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_gradients_under_autocast_on_a_large_map(plain):
+    """PyTorch's own, of dilated kernels in bfloat16 on a CPU, are not even finite."""
+    size, results = (2, 56, 56), []
+    for dtype in (torch.float32, torch.float64):
+        layer = pair(13, dtype)[0]
+        with (
+            torch.autocast("cpu", torch.bfloat16, dtype == torch.float32),
+            ops.use_reference(plain),
+        ):
+            out = layer(maps(size=size, dtype=dtype))
+        weight = torch.from_numpy(golden.normal("weight", tuple(out.shape))).to(out.dtype)
+        results.append(torch.autograd.grad((out * weight).sum(), list(layer.parameters())))
+    norms = max(g.norm() for g in results[1])
+    for value, wanted in zip(*results, strict=True):
+        assert (value.double() - wanted).norm() < 2e-2 * norms
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_whole(training):
     torch._dynamo.reset()
