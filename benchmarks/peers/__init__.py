@@ -3,6 +3,7 @@
 from . import (
     channel_attention,
     depthwise_conv,
+    dynamic_mixing,
     partial_attention,
     rank_augmented_attention,
     routing_attention,
@@ -16,6 +17,7 @@ PEERS: dict[str, Peers] = {
     "partial_attention": partial_attention.PEERS,
     "rank_augmented_attention": rank_augmented_attention.PEERS,
     "routing_attention": routing_attention.PEERS,
+    "dynamic_mixing": dynamic_mixing.PEERS,
     "depthwise_conv": depthwise_conv.PEERS,
     "depthwise_conv_moments": depthwise_conv.PEERS,
     "depthwise_conv_norm": depthwise_conv.PEERS,
