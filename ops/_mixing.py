@@ -25,35 +25,38 @@ _BLOCK = 1 << 18
 _ROWS, _COLUMNS = 4, 16
 
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class Segment(NamedTuple):
     """Neighboring positions of an axis, and their windows.
 
     Attributes:
         first: First position.
-        count: Positions.
+        length: Positions.
         start: Where the first window starts.
         step: From the start of one window to the next: 1, or 0 if they share one.
     """
 
     first: int
-    count: int
+    length: int
     start: int
     step: int
 
     @property
     def positions(self) -> slice:
         """The positions."""
-        return slice(self.first, self.first + self.count)
+        return slice(self.first, self.first + self.length)
 
     @property
     def own(self) -> slice:
         """The slots of the positions in their own windows, one if it is the same for all."""
         first = self.first - self.start
-        return slice(first, first + (1 if self.step else self.count))
+        return slice(first, first + (1 if self.step else self.length))
 
     def reach(self, size: int) -> slice:
         """What windows of a size cover."""
-        return slice(self.start, self.start + self.step * (self.count - 1) + size)
+        return slice(self.start, self.start + self.step * (self.length - 1) + size)
 
 
 def segments(length: int, size: int, most: int) -> list[Segment]:
@@ -149,12 +152,12 @@ class Rectangle(NamedTuple):
     @property
     def pixels(self) -> int:
         """Pixels in an image."""
-        return self.rows.count * self.cols.count
+        return self.rows.length * self.cols.length
 
     @property
     def block(self) -> tuple[int, int]:
         """Rows and columns that it attends to."""
-        rows, cols = (x.step * (x.count - 1) + self.size for x in (self.rows, self.cols))
+        rows, cols = (x.step * (x.length - 1) + self.size for x in (self.rows, self.cols))
         return rows, cols
 
     def windows(self, dense: Tensor) -> Tensor:
@@ -163,12 +166,12 @@ class Rectangle(NamedTuple):
         pixel = height * width
         strides = (
             self.pixels * pixel,
-            cols.count * pixel + rows.step * width,
+            cols.length * pixel + rows.step * width,
             pixel + cols.step,
             width,
             1,
         )
-        shape = (len(dense), rows.count, cols.count, self.size, self.size)
+        shape = (len(dense), rows.length, cols.length, self.size, self.size)
         return dense.as_strided(shape, strides)
 
     def spread(self, weights: Tensor) -> Tensor:
@@ -216,7 +219,7 @@ class Half:
         """Logits `(n, pixels, K * K)`."""
         logits = query @ kernel
         added = self.added[rectangle.own]
-        shape = (-1, len(added), rectangle.rows.count, rectangle.cols.count, added.shape[-1])
+        shape = (-1, len(added), rectangle.rows.length, rectangle.cols.length, added.shape[-1])
         logits.view(shape).add_(added)
         return logits
 
@@ -286,14 +289,14 @@ class _Gradients:
 
     def _add_logits(self, rectangle: Rectangle, ds: Tensor) -> None:
         target, (rows, cols) = self.logits[rectangle.own], (rectangle.rows, rectangle.cols)
-        total = ds.view(-1, len(target), rows.count, cols.count, ds.shape[-1]).sum(0)
+        total = ds.view(-1, len(target), rows.length, cols.length, ds.shape[-1]).sum(0)
         for dim, segment in ((1, rows), (2, cols)):
             if segment.step:
                 total = total.sum(dim, keepdim=True)
         target += total
 
 
-def backward(grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+def backward(grad: Tensor, *saved: Tensor) -> Gradients:
     """Compute the gradients of the six inputs, of these, the output and the logsumexp."""
     *inputs, out, _ = saved
     with torch.autocast(grad.device.type, enabled=False):
@@ -306,16 +309,10 @@ def backward(grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
             for rectangle in half.rectangles():
                 result.add(half, rectangle, g, delta)
             results.append(result)
-        value = torch.stack([result.value for result in results])
+        query = from_heads(query[None], inputs[0].dtype)
         kernel = torch.cat([result.kernel for result in results], dim=-1)
-        tables, biases = zip(*(fold(result.logits) for result in results), strict=True)
-        found = (query[None], kernel, value, torch.cat(biases), *tables)
-        return _cast(found, inputs)
-
-
-def _cast(found: tuple[Tensor, ...], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients in the form and the type of their inputs."""
-    query, kernel, value, *small = found
-    maps = from_heads(query, inputs[0].dtype), from_heads(value, inputs[2].dtype)
-    rest = [x.to(like.dtype) for x, like in zip(small, inputs[3:], strict=True)]
-    return maps[0], kernel.to(inputs[1].dtype), maps[1], *rest
+        value = from_heads(torch.stack([result.value for result in results]), inputs[2].dtype)
+        (small, bias), (large, rest) = (fold(result.logits) for result in results)
+        bias = torch.cat([bias, rest]).to(inputs[3].dtype)
+        small, large = small.to(inputs[4].dtype), large.to(inputs[5].dtype)
+        return query, kernel.to(inputs[1].dtype), value, bias, small, large

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,21 +23,21 @@ _PARTIAL_BYTES = 16 << 20
 
 def largest_class(half: Half) -> int:
     """Queries of the largest class: those of a corner, or all rows or columns if they share one."""
-    sides = (half.size if count == 1 else half.size // 2 + 1 for count in half.windows)
-    rows, cols = sides
+    rows, cols = (half.size if count == 1 else half.size // 2 + 1 for count in half.windows)
     return rows * cols
 
 
-def row_tile(half: Half) -> Tile:
-    """Queries, and slots or keys, of the tiles that a program walks through."""
+def slots_tile(half: Half) -> Tile:
+    """Queries, and slots or keys, of a tile that a program keeps or walks along."""
     block_m = min(64, max(16, next_power_of_2(largest_class(half))))
     tile = Tile(block_m, 32, num_warps=max(1, block_m // 16), num_stages=1)
     return tile.doubled() if half.wide else tile
 
 
-def slots_tile(half: Half) -> Tile:
-    """The tile of the gradient of the logits that a program keeps."""
-    return row_tile(half)
+def queries_tile(half: Half) -> Tile:
+    """Queries and slots of a tile of a program that serves queries: all slots if they are few."""
+    tile = slots_tile(half)
+    return replace(tile, block_n=64) if 32 < half.size**2 <= 64 else tile
 
 
 def _blocks(half: Half, tile: Tile) -> tuple[int, int]:
@@ -59,7 +60,7 @@ def forward(half: Half, out: Tensor, lse: Tensor) -> None:
         out: Where the output is written, `(B, H, W, C)`, from channel `half.channel` on.
         lse: Where the logsumexp of the logits is written, `(B, G, H, W)`, float32.
     """
-    tile = row_tile(half)
+    tile = queries_tile(half)
     blocks, parts = _blocks(half, tile)
     mixing_class_fwd_kernel[(half.batch * half.heads * blocks,)](
         half.query, half.kernel, half.value, half.bias, half.table, out, lse,
@@ -94,7 +95,7 @@ def backward(
         The gradient of the logits summed over the batch, `(G, H', W', K * K)`, float32: of every
         pixel, or with H' = W' = K of every place in a window, pixels of one place summed.
     """
-    channels, tile = grad.shape[-1], row_tile(half)
+    channels, tile = grad.shape[-1], queries_tile(half)
     blocks, parts = _blocks(half, tile)
     sizes = (half.height, half.width, half.heads, blocks, parts, half.slot, half.channel, channels)
     delta = torch.empty_like(lse)
@@ -102,6 +103,7 @@ def backward(
         half.query, half.kernel, half.value, half.bias, half.table, grad, out, lse, delta,
         added, grad_query, *half.strides, *sizes, **_options(half, tile),
     )  # fmt: skip
+    tile = slots_tile(half)
     tiles = cdiv(half.height * half.width, tile.block_n)
     mixing_class_values_kernel[(half.batch * half.heads * tiles,)](
         half.query, half.kernel, half.bias, half.table, grad, lse, grad_value,

@@ -129,10 +129,10 @@ def test_backward_equals_autograd_of_the_reference(monkeypatch, size, heads, dim
 def test_segments_are_the_windows(length, size):
     starts, own = window_starts(length, size), own_slots(length, size)
     found = _mixing.segments(length, size, 4)
-    positions = [i for s in found for i in range(s.first, s.first + s.count)]
+    positions = [i for s in found for i in range(s.first, s.first + s.length)]
     assert positions == list(range(length))
     for s in found:
-        counted = torch.arange(s.count)
+        counted = torch.arange(s.length)
         assert torch.equal(starts[s.positions], s.start + s.step * counted)
         assert own[s.positions].unique().tolist() == list(range(s.own.start, s.own.stop))
         assert s.reach(size) == slice(int(starts[s.first]), int(starts[s.positions][-1]) + size)
