@@ -32,9 +32,15 @@ def queries_tile(half: Half) -> Tile:
     return Tile(_OWNED, next_power_of_2(_OWNED + half.size - 1), 4 if half.wide else 1)
 
 
+def sums_tile(half: Half) -> Tile:
+    """The same for a program that sums over many rows, which takes more registers."""
+    tile = Tile(_OWNED, queries_tile(half).block_n, 2)
+    return tile.doubled() if half.wide else tile
+
+
 def keys_tile(half: Half) -> Tile:
     """Keys that a program owns, and queries that see them: near borders there are more."""
-    return Tile(32, _OWNED, 4 if half.wide else 1)
+    return Tile(32, _OWNED, 4 if half.wide else 2, num_stages=1)
 
 
 def _blocks(half: Half) -> int:
@@ -99,22 +105,28 @@ def _kernel_gradients(
     """Gradients of kernels, in parts, and of logits, in groups of images, both float32."""
     slots, blocks = half.size**2, _blocks(half)
     parts, chunk = _parts(half)
-    rows = half.heads * (half.size - 1 + parts) * half.width * slots
-    images = cdiv(half.batch, max(1, _SCRATCH // (4 * rows)))
+    images = _images(half, parts)
     groups = cdiv(half.batch, images)
+    # of rows that have the same slot in their own window, those of a part are summed
     logits = lse.new_zeros((groups, half.heads, half.size - 1 + parts, half.width, slots))
     kernels = lse.new_empty((parts * blocks, half.batch, half.heads, half.dim, slots))
     mixing_band_kernel_kernel[(half.size * half.heads * blocks * parts, groups)](
         grad, *_shared(half), lse, delta, kernels, logits,
         *half.strides, *_sizes(half), half.batch, images, parts, chunk, half.value.shape[-1],
-        **_options(half, queries_tile(half)),
+        **_options(half, sums_tile(half)),
     )  # fmt: skip
     return kernels, logits
 
 
 def _parts(half: Half) -> tuple[int, int]:
-    """Parts of the rows of the map, and rows of each, for programs enough."""
+    """Parts of the rows of the map, for programs enough, and rows of each."""
     programs = half.batch * half.heads * half.size * _blocks(half)
-    wanted = cdiv(_ENOUGH * multiprocessors(half.query), programs)
+    wanted = max(1, cdiv(_ENOUGH * multiprocessors(half.query), programs))
     chunk = cdiv(half.height, min(wanted, cdiv(half.height, _ROWS)))
     return cdiv(half.height, chunk), chunk
+
+
+def _images(half: Half, parts: int) -> int:
+    """Images of which a program sums the gradients of logits."""
+    numbers = half.heads * (half.size - 1 + parts) * half.width * half.size**2
+    return cdiv(half.batch, max(1, _SCRATCH // (4 * numbers)))
