@@ -74,7 +74,7 @@ def grad_weight(dz: Tensor, x: Tensor, weight: Tensor, at: Dilated) -> Tensor:
         dense = run.grad_weight(dz, x, at.dense(weight), Window(at.reach), Fused())[0]
         return dense[:, :, :: at.dilation, :: at.dilation]
     if x.device.type == "cpu" and at.dilation > 1:
-        # of large channels-last maps in bfloat16 PyTorch 2.11 to 2.15 returns what is not a sum
+        # of large channels-last maps in bfloat16 PyTorch 2.11 and 2.15 return garbage
         dz, x, weight = (t.to(accumulation_dtype(t.dtype)) for t in (dz, x, weight))
     # autograd does not reach into registered ops
     return torch.ops.aten.convolution_backward(

@@ -11,8 +11,9 @@ Backward, `z_i` is computed anew, and n is the number of pixels:
     dz_i = (dm_i + 2 dv_i (z_i - m_i)) / n
     dx = sum of conv(dz_i, w_i turned around)        dw_i = sum of dz_i times x, tap by tap
 
-`dz_i` is of the order of 1 / n, and `dw_i` sums n products: in between stands `dz_i` divided by
-`s_i = sqrt(n) (|dm_i| + 2 |dv_i| sqrt(v_i)) / n`, which float16 can hold, and sum.
+`dz_i` is of the order of 1 / n, and `dw_i` sums n products: more than float16 can hold. So both are
+computed from `dz_i / s_i`, with `s_i = sqrt(n) (|dm_i| + 2 |dv_i| sqrt(v_i)) / n` for each channel,
+and multiplied by `s_i` in float32.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
     if wide.device.type != "cpu":
         variance, mean = torch.var_mean(wide, dims, correction=0)
         return mean, variance
-    # there one pass is not vectorised, and 20 times slower
+    # there the one pass of var_mean is not vectorised
     mean = wide.mean(dims)
     return mean, wide.sub_(mean).square_().mean(dims)
 

@@ -116,8 +116,8 @@ def test_kernels_with_zeros_between_the_taps(dtype, tolerance, monkeypatch):
     """What runs where the table says that our kernels are faster."""
     from backbones.ops import _depthwise_dilated as dilated
 
-    branches = [(3, 2), (3, 1), (3, 5)]
-    tensors = leaves((1, 3, 9), branches)
+    branches = [(3, 2), (3, 5)]
+    tensors = leaves((1, 2, 9), branches)
     wanted = step(moments(*tensors, branches=branches), tensors)
     given = [t.detach().to(DEVICE, dtype).requires_grad_() for t in tensors]
     launched = []
@@ -131,7 +131,7 @@ def test_kernels_with_zeros_between_the_taps(dtype, tolerance, monkeypatch):
         results = step(moments(*given, branches=branches), given)
     ours = [name for name in launched if "triton" in name]
     # PyTorch takes large kernels in float32
-    assert len(launched) == 12 and len(ours) == (8 if dtype == torch.float32 else 12)
+    assert len(launched) == 8 and len(ours) == (4 if dtype == torch.float32 else 8)
     for value, expected in zip(results, wanted, strict=True):
         assert error(value, expected) < tolerance
 
