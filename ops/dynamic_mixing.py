@@ -227,7 +227,7 @@ def dynamic_mixing(
         ValueError: Shapes that do not fit together, or a map smaller than its windows.
 
     Source:
-        OverLoCK, arXiv 2502.20087, section 3.3; official code, `ContMixBlock`.
+        OverLoCK, arXiv 2502.20087; official code, `models/contmix.py`.
     """
     if torch.jit.is_scripting():
         return torch.ops.backbones.dynamic_mixing(

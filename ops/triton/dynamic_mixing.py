@@ -13,13 +13,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .._mixing import fold
 from ._launch import rows_contiguous
 from ._mixing import Half
+from ._mixing_fold import fold
 
-# the class form is for maps of so few pixels, with so few distinct windows
+# the class form is for maps of so few pixels, with so few distinct windows: with more of them most
+# classes are far smaller than a tile
 _PIXELS = 256
-_WINDOWS = 16
+_WINDOWS = 9
 
 
 def form(half: Half) -> ModuleType:
@@ -89,6 +90,6 @@ def backward(grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
             form(small).backward(small, grad, out, lse[0], None, first, *grads[1:]),
             form(large).backward(large, grad, out, lse[1], first, *grads),
         ]
-        folded = [fold(x) for x in logits]
+        folded = [fold(x.contiguous()) for x in logits]
     grad_bias = torch.cat([x for _, x in folded]).to(bias.dtype)
     return *grads, grad_bias, *(x.to(t.dtype) for (x, _), t in zip(folded, tables, strict=True))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backbones.ops import dynamic_mixing
+from backbones.ops._mixing import fold
 from tests.support import golden
 from tests.support.kernels import (
     DEVICE,
@@ -184,6 +185,15 @@ def test_groups_cover_the_batch(launcher, call, images):
     for half in launcher.halves(*(x.to("meta") for x in call.leaves(torch.float16))):
         chunk, groups = module._groups(half, module.slots_tile(half), 6)
         assert (groups - 1) * chunk < images <= groups * chunk
+
+
+@needs_interpreter
+@pytest.mark.parametrize("size", [(5, 5), (6, 11)])
+def test_folds_as_pytorch(launcher, size):
+    """A gradient of own slots, and one of pixels."""
+    logits = torch.from_numpy(golden.normal("logits", (2, *size, 25))).float()
+    for value, wanted in zip(launcher.fold(logits), fold(logits.double()), strict=True):
+        assert value.shape == wanted.shape and error(value, wanted) < 1e-6
 
 
 @needs_interpreter
