@@ -81,7 +81,7 @@ def mixing_band_kernel_kernel(
     table += head * (2 * K - 1) * (2 * K - 1)
     group = tl.program_id(1)
     grad_logits += (group.to(tl.int64) * heads + head) * (K - 1 + parts) * W * K * K + a * K
-    logits_at = x.to(tl.int64)[:, None] * (K * K) + slot[None, :]
+    logits_at = x[:, None] * (K * K) + slot[None, :]
     logits_mask = inside[:, None] & (slot < K)[None, :]
     for image in range(group * images, tl.minimum(group * images + images, batch_size)):
         batch = tl.cast(image, tl.int64)

@@ -62,12 +62,11 @@ class Call:
 CALLS = [
     Call((2, 2, 3, 3), (3, 3), dim=4),
     Call((1, 1, 5, 20), (5, 5), dim=14),
-    Call((1, 2, 7, 9), (7, 7)),
-    Call((1, 1, 13, 16), (13, 13), dim=10),
-    Call((1, 1, 4, 57), (3, 17), dim=8),
-    Call((1, 1, 7, 33), (7, 13), dim=40),
-    Call((1, 1, 3, 19), (3, 3), dim=130),
-    Call((2, 1, 6, 37), (3, 5), (2, 3)),
+    Call((1, 1, 7, 9), (7, 7)),
+    Call((1, 1, 3, 49), (3, 17), dim=8),
+    Call((1, 1, 5, 17), (5, 13), dim=40),
+    Call((1, 1, 3, 3), (3, 3), dim=130),
+    Call((1, 1, 6, 21), (3, 5), (2, 3)),
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -96,9 +95,14 @@ def test_the_kernels_are_what_runs(monkeypatch, name):
 
 @needs_interpreter
 @each_call
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_interpreted(call, dtype):
-    check(call, call.leaves(dtype), call.weight(dtype))
+def test_interpreted(call):
+    check(call, call.leaves(torch.float32), call.weight(torch.float32))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("call", [CALLS[0], CALLS[2]], ids=lambda call: call.name)
+def test_interpreted_in_float16(call):
+    check(call, call.leaves(torch.float16), call.weight(torch.float16))
 
 
 @needs_interpreter
@@ -119,7 +123,7 @@ def test_strides(layout):
 
 @needs_interpreter
 def test_gradients_without_strides():
-    call = CALLS[2]
+    call = CALLS[0]
     check(call, call.leaves(torch.float32), torch.ones((), device=DEVICE))
 
 
@@ -137,7 +141,7 @@ def test_float16_sums_are_not_kept_in_float16():
 
 @needs_interpreter
 def test_deterministic():
-    call = CALLS[4]
+    call = CALLS[2]
     leaves, weight = call.leaves(torch.float32), call.weight(torch.float32)
     runs = [run(OP, call, leaves, weight) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
