@@ -1,6 +1,7 @@
 """Dynamic mixing by classes, backward: what queries, slots and values get.
 
-Weights are computed anew from the logsumexp of their logits.
+Weights are computed anew from the logsumexp of their logits; it is infinite in rows that are no
+queries, so that their weights are zero whatever the bias.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -65,7 +66,7 @@ def mixing_class_queries_kernel(
     product = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     row = tl.cast(problem, tl.int64) * H * W + pixel
     tl.store(delta + row, product, mask=inside)
-    shift = tl.load(lse + row, mask=inside, other=0.0) * LOG2E
+    shift = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2E
     kernel += tl.cast(image, tl.int64) * kernel_b + tl.cast(head, tl.int64) * kernel_g + slot
     table += head * (2 * K - 1) * (2 * K - 1)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -161,7 +162,7 @@ def mixing_class_slots_kernel(
         g = load_tokens(grad, None, start, pixels * C, inside, D, BLOCK_D)
         row = problem * H * W + pixel
         product = tl.load(delta + row, mask=inside, other=0.0)
-        shift = tl.load(lse + row, mask=inside, other=0.0) * LOG2E
+        shift = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2E
         logits = tl.dot(q, kernels, input_precision=PRECISION) * LOG2E + added
         weights = tl.exp2(logits - shift[:, None])
         ds = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - product[:, None])
@@ -229,7 +230,7 @@ def mixing_class_values_kernel(
         )  # fmt: skip
         pixel = y * W + x
         g = load_tokens(grad, None, start, (first_pixel + pixel) * C, inside, D, BLOCK_D)
-        shift = tl.load(lse + pixel, mask=inside, other=0.0) * LOG2E
+        shift = tl.load(lse + pixel, mask=inside, other=float("inf")) * LOG2E
         kernels = load_kernels(kernel, slots, valid, kernel_d, D, BLOCK_D)
         added = load_added(table, bias + slot, slots, valid, y, x, inside, key_y, key_x, K)
         logits = tl.dot(q, kernels, input_precision=PRECISION) * LOG2E + added
