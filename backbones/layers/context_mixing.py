@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
@@ -17,41 +17,50 @@ from .linear_norm import LinearNorm
 
 
 def enlarged(height: int, width: int, least: int) -> tuple[int, int]:
-    """The size to which a map is resized before mixing.
+    """The size to which a map with a side shorter than `least` is resized.
 
     The official sizes, products of floating point numbers rounded down, are kept to the digit.
 
     Args:
         height: Rows of the map.
         width: Columns of the map.
-        least: Side of the large kernel: the shorter side becomes this, unless it is longer.
+        least: What the shorter side becomes.
     """
+    shorter, longer = _range(height, width)
+    # integers, which a graph for all sizes can hold, come to the same here
+    if least < 15 and longer < 9 * shorter:
+        return least * height // shorter, least * width // shorter
+    scale = least / shorter
+    return max(int(scale * height), least), max(int(scale * width), least)
+
+
+def _range(height: int, width: int) -> tuple[int, int]:
+    """The shorter and the longer side."""
     if torch.jit.is_scripting():
-        scale = max(least / min(height, width), 1.0)
-        return max(int(scale * height), least), max(int(scale * width), least)
+        return min(height, width), max(height, width)
     else:
-        shorter = torch.sym_min(height, width)
-        if shorter >= least:
-            return height, width
-        scale = least / shorter
-        rows, cols = (torch.sym_max(int(scale * n), least) for n in (height, width))
-        return cast(int, rows), cast(int, cols)
+        # a comparison of symbols would be one more condition of a compiled graph
+        return torch.sym_min(height, width), torch.sym_max(height, width)
+
+
+def _fits(height: int, width: int, least: int) -> bool:
+    return _range(height, width)[0] >= least
 
 
 # a trace would keep the sizes that it saw
 @torch.jit.script_if_tracing
 def _resize(x: Tensor, least: int) -> Tensor:
-    height, width = enlarged(x.shape[1], x.shape[2], least)
-    if height == x.shape[1] and width == x.shape[2]:
+    height, width = x.shape[1], x.shape[2]
+    if _fits(height, width, least):
         return x
-    maps = x.permute(0, 3, 1, 2)
-    return F.interpolate(maps, (height, width), mode="bilinear").permute(0, 2, 3, 1)
+    size = enlarged(height, width, least)
+    return F.interpolate(x.permute(0, 3, 1, 2), size, mode="bilinear").permute(0, 2, 3, 1)
 
 
 @torch.jit.script_if_tracing
-def _restore(x: Tensor, like: Tensor) -> Tensor:
+def _restore(x: Tensor, like: Tensor, least: int) -> Tensor:
     height, width = like.shape[1], like.shape[2]
-    if height == x.shape[1] and width == x.shape[2]:
+    if _fits(height, width, least):
         return x
     return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (height, width)).permute(0, 2, 3, 1)
 
@@ -64,9 +73,9 @@ def enlarge(x: Tensor, least: int) -> Tensor:
 
 
 @torch.fx.wrap
-def restore(x: Tensor, like: Tensor) -> Tensor:
-    """Average a map `(B, H', W', C)` to the size of another, if they differ."""
-    return _restore(x, like)
+def restore(x: Tensor, like: Tensor, least: int) -> Tensor:
+    """Average what `enlarge` has resized to the size of the map before."""
+    return _restore(x, like, least)
 
 
 def _positions(table: Tensor, height: int, width: int) -> Tensor:
@@ -151,7 +160,7 @@ class ContextMixing(nn.Module):
             mixed = dynamic_mixing_reference(query, kernel, values, bias, small, large)
         else:
             mixed = dynamic_mixing(query, kernel, values, bias, small, large)
-        return restore(mixed, value)
+        return restore(mixed, value, self.kernel_size)
 
     def kernels(self, context: Tensor) -> Tensor:
         """What turns the queries of a head into weights of kernels, from a context.

@@ -21,9 +21,11 @@ class Small:
         args: Arguments that make it so; a tuple as long as there are stages has a value for each.
         widths: Channels of its features.
         strides: Their strides.
-        stages: Its stages; 0 if none can be left out.
+        stages: Its stages.
         floor: Whether sizes of maps are rounded down, else up.
         sequential: Whether timm can run its layers one after the other.
+        graphs: Graphs that compiling makes for large and small images.
+        short: Arguments that make it as short as can be, if not those of its first two stages.
     """
 
     name: str
@@ -33,13 +35,17 @@ class Small:
     stages: int = 4
     floor: bool = False
     sequential: bool = True
+    graphs: int = 1
+    short: dict[str, Any] | None = None
 
     def create(self, **kwargs: Any) -> nn.Module:
         """The model, as timm makes it."""
         return timm.create_model(self.name, **{"num_classes": 10, **self.args, **kwargs})
 
     def create_short(self, **kwargs: Any) -> nn.Module:
-        """The model with its first two stages only, if that can be."""
+        """The model with its first two stages only, or as short as can be."""
+        if self.short is not None:
+            return self.create(**self.short, **kwargs)
         args = {
             name: value[:2] if isinstance(value, tuple) and len(value) == self.stages else value
             for name, value in self.args.items()
@@ -69,11 +75,16 @@ _MAXVIT_MAPS = ((24, *_WIDTHS), (2, 4, 8, 16, 32))
 _OVERLOCK = {
     "dims": (32, 48, 64, 96),
     "depths": (1, 1, 1, 1),
-    "focus_depths": (2, 1),
+    "focus_depths": (1, 1),
     "num_heads": (2, 3),
     "head_hidden_size": 48,
 }
-_OVERLOCK_MAPS = (32, 48, 88, 120)
+_OVERLOCK_KIND = {
+    "widths": (32, 48, 88, 120),
+    "sequential": False,
+    "graphs": 2,
+    "short": {"depths": (1, 0, 1, 0)},
+}
 _RAVLT = {
     "embed_dims": _WIDTHS,
     "num_heads": _HEADS,
@@ -87,7 +98,7 @@ FAMILIES = {
     "biformer": Small("biformer_tiny", _BIFORMER, _WIDTHS),
     "davit": Small("davit_tiny", _DAVIT, _WIDTHS),
     "maxvit": Small("maxvit_tiny_tf_224", _MAXVIT_TF, *_MAXVIT_MAPS),
-    "overlock": Small("overlock_xt", _OVERLOCK, _OVERLOCK_MAPS, stages=0, sequential=False),
+    "overlock": Small("overlock_xt", _OVERLOCK, **_OVERLOCK_KIND),
     "ravlt": Small("ravlt_t", _RAVLT, _WIDTHS),
     "shvit": Small("shvit_s1", _SHVIT, (32, 48, 72), (16, 32, 64), stages=3),
 }
@@ -101,13 +112,7 @@ VARIANTS = {
     "maxvit_rw": Small("maxvit_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),
     "maxvit_rmlp": Small("maxvit_rmlp_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),
     "maxvit_pm": Small("maxvit_tiny_pm_256", _MAXVIT, *_MAXVIT_MAPS),
-    "overlock_reparam": Small(
-        "overlock_xt",
-        {**_OVERLOCK, "reparam": True},
-        _OVERLOCK_MAPS,
-        stages=0,
-        sequential=False,
-    ),
+    "overlock_reparam": Small("overlock_xt", {**_OVERLOCK, "reparam": True}, **_OVERLOCK_KIND),
 }
 
 

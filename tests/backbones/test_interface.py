@@ -99,7 +99,7 @@ def test_compiles_once_for_all_sizes(family, backend):
         x = golden.image((shape[0], 3, *shape[1:]))
         assert relative_error(compiled(x), model(x)) < 1e-11
         counts.append(counter.frame_count)
-    assert counts[1:] == counts[:1] * 4
+    assert len(set(counts)) == family.graphs
 
 
 @torch.no_grad()
