@@ -59,7 +59,7 @@ CALLS = [
     Call((1, 5, 18), (3, 5), dim=10),
 ]
 # in which 34 queries see the keys of a block near a border
-WIDE = Call((1, 13, 30), (5, 13))
+WIDE = Call((1, 13, 44), (3, 13))
 # beside those, for a device
 LARGE = [
     Call((2, 50, 76), (5, 13), heads=8),
