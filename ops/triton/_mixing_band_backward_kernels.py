@@ -15,8 +15,7 @@ from ._mixing_band_kernels import (
     locate_queries,
     spread,
 )
-from ._rank_augmented_tokens import fit
-from ._tokens import LOG2E
+from ._tokens import LOG2E, fit
 
 
 @triton.jit(do_not_specialize=[*SIZES, "batch_size", "images", "parts", "chunk"])

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from ._bands import load_pixels, store_pixels, window_start
-from ._rank_augmented_tokens import fit
-from ._tokens import LN2, LOG2E
+from ._tokens import LN2, LOG2E, fit
 
 # one compilation serves all of these
 SIZES = ["H", "W", "heads", "blocks"]

@@ -12,7 +12,6 @@ import triton.language as tl
 from ._rank_augmented_kernels import SIZES, attend
 from ._rank_augmented_tokens import (
     EPS,
-    fit,
     fit_rows,
     load_pairs,
     load_rotation,
@@ -23,7 +22,7 @@ from ._rank_augmented_tokens import (
     store_rows,
     store_vector,
 )
-from ._tokens import LOG2E, load_tokens, locate_tokens, store_tokens
+from ._tokens import LOG2E, fit, load_tokens, locate_tokens, store_tokens
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -92,19 +92,8 @@ def load_rotation(rotary, n, inside, W, span, D: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def fit(tile, DTYPE: tl.constexpr):
-    """A tile in the type of the products, over a unit where float16 might not hold it."""
-    if DTYPE.is_fp16():
-        largest = tl.max(tl.max(tl.abs(tile), 1), 0)
-        unit = tl.where(largest > 0, largest, 1.0)
-    else:
-        unit = 1.0
-    return (tile / unit).to(DTYPE), unit
-
-
-@triton.jit
 def fit_rows(even, odd, DTYPE: tl.constexpr):
-    """The same of even and odd rows, over one unit."""
+    """Even and odd rows in the type of the products, over one unit; see `fit`."""
     if DTYPE.is_fp16():
         largest = tl.max(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), 1), 0)
         unit = tl.where(largest > 0, largest, 1.0)

@@ -39,3 +39,14 @@ def store_tokens(ptr, start, offsets, inside, tokens, D: tl.constexpr, BLOCK_D: 
         mask = mask & (d < D)[None, :]
     tokens = tokens.to(ptr.dtype.element_ty)
     tl.store(ptr + start + offsets[:, None] + d[None, :], tokens, mask=mask)
+
+
+@triton.jit
+def fit(tile, DTYPE: tl.constexpr):
+    """A tile in the type of the products, over a unit where float16 might not hold it."""
+    if DTYPE.is_fp16():
+        largest = tl.max(tl.max(tl.abs(tile), 1), 0)
+        unit = tl.where(largest > 0, largest, 1.0)
+    else:
+        unit = 1.0
+    return (tile / unit).to(DTYPE), unit

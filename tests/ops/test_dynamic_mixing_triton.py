@@ -227,6 +227,25 @@ def test_float16_holds_sums_over_pixels():
 
 
 @needs_interpreter
+def test_float16_gradients_may_leave_its_range_inside():
+    """Gradients of logits of 2e5 and more, of which small kernels make small ones of queries."""
+    call = CLASSES[1]
+    leaves = [leaf.detach() for leaf in call.leaves(torch.float16)]
+    scales = (1, 1e-3, 30, 1, 1, 1)
+    inputs = [(x * by).requires_grad_() for x, by in zip(leaves, scales, strict=True)]
+    weight = call.weight(torch.float16) * 2000
+
+    def function(query: Tensor, *others: Tensor) -> Tensor:
+        # the gradient of the kernels would leave the range whatever computes it
+        return dynamic_mixing(query * 2**-10, *others)
+
+    results = kernels(function, inputs, weight)
+    for value, wanted in zip(results, exact(function, inputs, weight), strict=True):
+        assert torch.isfinite(value).all()
+        assert error(value, wanted) < TOLERANCE[torch.float16]
+
+
+@needs_interpreter
 def test_deterministic():
     call = MIXED[0]
     leaves, weight = call.leaves(torch.float32), call.weight(torch.float32)
