@@ -27,10 +27,11 @@ from backbones.pretrained.overlock import WEIGHTS
 from ._backbone import HeadedBackbone, check_pool
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
-from .layers import ConvNormAct, DilatedReparamConv, ProjectionHead
+from .layers import DilatedReparamConv, ProjectionHead
 from .layers.focus_stage import FocusStage
+from .layers.large_kernel import merge_weights
 from .layers.overview import AuxiliaryHead, OverviewSkip
-from .layers.rep_conv_block import rep_conv_stage
+from .layers.rep_conv_block import rep_conv_stage, rep_conv_stem
 
 __all__ = ["OverLoCK"]
 
@@ -38,6 +39,7 @@ __all__ = ["OverLoCK"]
 _KERNELS = (17, 15, 13, 7, 13, 7)
 _SMALL_KERNEL = 5
 _BASE_STAGES = 3
+_FEATURES = ("stages.0", "stages.1", "focus.0", "focus.1")
 _PYRAMIDS = ("", "det", "seg")
 _PYRAMID_LAYERS = ("feature_norms.", "overview_skip.")
 
@@ -118,7 +120,7 @@ class OverLoCK(HeadedBackbone):
         self.drop_rate, self.reparam = drop_rate, reparam
         context_dim = dims[3] // 4
         rates = calculate_drop_path_rates(drop_path_rate, [*depths, *focus_depths], stagewise=True)
-        self.stem = _stem(in_chans, dims[0], **dd)
+        self.stem = rep_conv_stem(in_chans, dims[0], **dd)
         befores = (None, *dims)
         stages = [
             rep_conv_stage(befores[i], dims[i], _KERNELS[i], i > 1, rates[i], reparam, **dd)
@@ -137,7 +139,10 @@ class OverLoCK(HeadedBackbone):
         self.norm = nn.Identity()
         widths = (dims[0], dims[1], dims[2] + context_dim, dims[3] + context_dim)
         self.num_features, self.head_hidden_size = widths[3], head_hidden_size
-        self.feature_info = _feature_info(widths)
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2 ** (i + 2), "module": _FEATURES[i]}
+            for i, width in enumerate(widths)
+        ]
         self.feature_norms = nn.ModuleList(
             LayerNorm2d(width, eps=1e-6, **dd) if pyramid else nn.Identity() for width in widths
         )
@@ -145,7 +150,7 @@ class OverLoCK(HeadedBackbone):
         self.aux_head = None
         if pyramid:
             self.head = ClassifierHead(widths[3], 0, global_pool, drop_rate, **dd)
-            self.head_hidden_size = widths[3]
+            self.head_hidden_size = self.num_features
         else:
             self.head = ProjectionHead(
                 widths[3], num_classes, head_hidden_size, global_pool, drop_rate, bias=False, **dd
@@ -188,10 +193,7 @@ class OverLoCK(HeadedBackbone):
         return x if self.overview_skip is None else self.overview_skip(overview, x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the last map `(B, num_features, H / 32, W / 32)` of images.
-
-        Without the last norm of a pyramid.
-        """
+        """Compute the last map `(B, num_features, H / 32, W / 32)`, without a pyramid's norm."""
         keep: list[int] = []
         return self._run(x, keep, 3)[0]
 
@@ -251,7 +253,7 @@ class OverLoCK(HeadedBackbone):
         return x, maps
 
     def _count(self) -> int:
-        """How many features there are."""
+        """Count the features."""
         return 2 + len(self.focus) if len(self.focus) > 0 else len(self.stages)
 
     @torch.jit.ignore
@@ -315,11 +317,8 @@ class OverLoCK(HeadedBackbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters into layers, for layer-wise rates."""
         if coarse:
-            base, overview, focus = (
-                r"^stages\.(\d+)",
-                r"^(?:overview|context_proj)",
-                r"^focus\.(\d+)",
-            )
+            base, focus = r"^stages\.(\d+)", r"^focus\.(\d+)"
+            overview = r"^(?:overview|context_proj)"
             return {"stem": r"^stem", "base": base, "overview": overview, "focus": focus}
         return {
             "stem": r"^stem",
@@ -381,9 +380,6 @@ class OverLoCK(HeadedBackbone):
         Kernels are merged where the model is re-parameterised; the auxiliary head goes where it has
         none; weights without the layers of a pyramid get those of the model.
 
-        Args:
-            weights: Name -> tensor.
-
         Raises:
             WeightsError: Merged weights, or those of a pyramid, for a model that is not.
         """
@@ -402,42 +398,8 @@ class OverLoCK(HeadedBackbone):
             )
         for name, layer in self.named_modules():
             if self.reparam and isinstance(layer, DilatedReparamConv):
-                _merge(given, f"{name}.")
+                merge_weights(given, f"{name}.")
         return given if of_pyramid else {**given, **own}
-
-
-def _merge(weights: dict[str, Tensor], prefix: str) -> None:
-    """Merge the large kernel at `prefix`, if it is whole, in place."""
-    parts = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
-    if "bn.weight" not in parts or "conv.weight" not in parts:
-        return
-    shape = parts["conv.weight"].shape
-    layer = DilatedReparamConv(shape[0], shape[-1], device="meta")
-    if set(parts) != set(layer.state_dict()):
-        return
-    layer.load_state_dict(parts, assign=True)
-    for key in parts:
-        del weights[prefix + key]
-    weights |= {prefix + k: v for k, v in layer.reparameterize().state_dict().items()}
-
-
-def _feature_info(widths: Sequence[int]) -> list[dict[str, str | int]]:
-    modules = ("stages.0", "stages.1", "focus.0", "focus.1")
-    return [
-        {"num_chs": width, "reduction": 2 ** (i + 2), "module": module}
-        for i, (width, module) in enumerate(zip(widths, modules, strict=True))
-    ]
-
-
-def _stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
-    """Four 3x3 convolutions, the first and the third of stride 2."""
-    half = dim // 2
-    return nn.Sequential(
-        ConvNormAct(in_chans, half, stride=2, bias=False, **dd),
-        ConvNormAct(half, half, bias=False, **dd),
-        ConvNormAct(half, dim, stride=2, bias=False, **dd),
-        ConvNormAct(dim, dim, act_layer=None, bias=False, **dd),
-    )
 
 
 def _check_stages(

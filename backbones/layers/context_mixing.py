@@ -131,7 +131,7 @@ class ContextMixing(nn.Module):
         self.exportable = is_exportable()
         self.num_heads, self.kernel_size = num_heads, kernel_size
         self.small_kernel_size = small_kernel_size
-        self.scale = (dim // num_heads) ** -0.5
+        self.head_dim = dim // num_heads // 2
         self.query = LinearNorm(dim, dim // 2, **dd)
         self.key = LinearNorm(context_dim, dim // 2, **dd)
         self.value = LinearNorm(dim, dim, **dd) if value_proj else nn.Identity()
@@ -174,8 +174,9 @@ class ContextMixing(nn.Module):
         """
         regions = F.adaptive_avg_pool2d(context.permute(0, 3, 1, 2), [7, 7])
         keys = self.key(regions.permute(0, 2, 3, 1)).flatten(1, 2)
-        heads = keys.unflatten(2, [self.num_heads, -1]).permute(0, 2, 3, 1)
-        return (heads * self.scale) @ self.kernel_proj.weight.t()
+        heads = keys.unflatten(2, [self.num_heads, self.head_dim]).permute(0, 2, 3, 1)
+        # by the channels of both halves
+        return (heads * (2 * self.head_dim) ** -0.5) @ self.kernel_proj.weight.t()
 
     @torch.jit.ignore
     def attention(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +191,7 @@ class ContextMixing(nn.Module):
             large one, of sum one; of a map resized as for mixing.
         """
         x, context = enlarge(x, self.kernel_size), enlarge(context, self.kernel_size)
-        query = self.query(x).unflatten(-1, [self.num_heads, -1])
+        query = self.query(x).unflatten(-1, [self.num_heads, self.head_dim])
         logits = torch.einsum("bhwgd,bgds->bghws", query, self.kernels(context))
         logits = logits + self.kernel_proj.bias
         sizes = self.small_kernel_size, self.kernel_size

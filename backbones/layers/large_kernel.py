@@ -50,3 +50,23 @@ class LargeKernelConv(nn.Module):
             fold_output(conv, *batch_norm_affine(self.bn))
             self.bn = nn.Identity()
         return self
+
+
+def merge_weights(weights: dict[str, Tensor], prefix: str) -> None:
+    """Merge the weights of a `DilatedReparamConv`, if they are those of its first form.
+
+    Args:
+        weights: Name -> tensor, changed in place.
+        prefix: What the names of the layer begin with.
+    """
+    parts = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
+    if "bn.weight" not in parts or "conv.weight" not in parts:
+        return
+    shape = parts["conv.weight"].shape
+    layer = DilatedReparamConv(shape[0], shape[-1], device="meta")
+    if set(parts) != set(layer.state_dict()):
+        return
+    layer.load_state_dict(parts, assign=True)
+    for key in parts:
+        del weights[prefix + key]
+    weights |= {prefix + k: v for k, v in layer.reparameterize().state_dict().items()}

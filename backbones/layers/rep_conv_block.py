@@ -128,3 +128,20 @@ def rep_conv_stage(
     downsample = nn.Identity() if in_dim is None else halve(in_dim, dim, **dd)
     blocks = [RepConvBlock(dim, kernel_size, scale, rate, reparam, **dd) for rate in rates]
     return ChannelsLastStage(downsample, blocks)
+
+
+def rep_conv_stem(in_chans: int, dim: int, **dd: Any) -> nn.Sequential:
+    """Make four 3x3 convolutions with BatchNorm, the first and the third of stride 2.
+
+    Args:
+        in_chans: Channels of the images.
+        dim: Output channels.
+        **dd: Device and type of the parameters.
+    """
+    half = dim // 2
+    return nn.Sequential(
+        ConvNormAct(in_chans, half, stride=2, bias=False, **dd),
+        ConvNormAct(half, half, bias=False, **dd),
+        ConvNormAct(half, dim, stride=2, bias=False, **dd),
+        ConvNormAct(dim, dim, act_layer=None, bias=False, **dd),
+    )

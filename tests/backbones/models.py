@@ -98,7 +98,7 @@ FAMILIES = {
     "biformer": Small("biformer_tiny", _BIFORMER, _WIDTHS),
     "davit": Small("davit_tiny", _DAVIT, _WIDTHS),
     "maxvit": Small("maxvit_tiny_tf_224", _MAXVIT_TF, *_MAXVIT_MAPS),
-    "overlock": Small("overlock_xt", _OVERLOCK, **_OVERLOCK_KIND),
+    "overlock": Small("overlock_xt", {**_OVERLOCK, "reparam": True}, **_OVERLOCK_KIND),
     "ravlt": Small("ravlt_t", _RAVLT, _WIDTHS),
     "shvit": Small("shvit_s1", _SHVIT, (32, 48, 72), (16, 32, 64), stages=3),
 }
@@ -112,7 +112,7 @@ VARIANTS = {
     "maxvit_rw": Small("maxvit_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),
     "maxvit_rmlp": Small("maxvit_rmlp_pico_rw_256", _MAXVIT, *_MAXVIT_MAPS),
     "maxvit_pm": Small("maxvit_tiny_pm_256", _MAXVIT, *_MAXVIT_MAPS),
-    "overlock_reparam": Small("overlock_xt", {**_OVERLOCK, "reparam": True}, **_OVERLOCK_KIND),
+    "overlock_trained": Small("overlock_xt", _OVERLOCK, **_OVERLOCK_KIND),
 }
 
 

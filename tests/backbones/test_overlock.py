@@ -173,8 +173,18 @@ def test_merged_kernels_equal_the_official_ones():
 
 
 @torch.no_grad()
+def test_fuse_merges_too():
+    model = deterministic(VARIANTS["overlock_trained"].create(aux_head=True))
+    x = golden.image((2, 3, 97, 65))
+    expected = model(x)
+    assert model.fuse() is model
+    assert relative_error(model(x), expected) < 1e-11
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+@torch.no_grad()
 def test_merging_runs_in_every_type():
-    small = VARIANTS["overlock"]
+    small = VARIANTS["overlock_trained"]
     expected = deterministic(small.create()).reparameterize()
     for dtype, tolerance in [
         (torch.float64, 1e-12),
@@ -218,7 +228,7 @@ def order_of_products(model: nn.Module) -> int:
 
 
 def test_the_auxiliary_head_speaks_in_training_only():
-    model = VARIANTS["overlock"].create(aux_head=True)
+    model = VARIANTS["overlock_trained"].create(aux_head=True)
     x = torch.randn(2, 3, 64, 64)
     assert model.eval()(x).shape == (2, 10)
     out = model.train()(x)
@@ -230,15 +240,15 @@ def test_the_auxiliary_head_speaks_in_training_only():
     assert {tuple(value.shape) for value in model(x).values()} == {(2, 3)}
     model.reset_classifier(0)
     assert model(x)["aux"].shape == (2, 96)
-    plain = VARIANTS["overlock"].create().train()
+    plain = VARIANTS["overlock_trained"].create().train()
     assert plain(x).shape == (2, 10)
     model.eval().fuse()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.head.modules())
 
 
 def test_weights_of_the_trained_form_are_merged_on_the_way_in():
-    trained = deterministic(VARIANTS["overlock"].create())
-    merged = VARIANTS["overlock_reparam"].create().double().eval()
+    trained = deterministic(VARIANTS["overlock_trained"].create())
+    merged = VARIANTS["overlock"].create().double().eval()
     merged.load_state_dict(convert_state_dict(trained.state_dict(), merged))
     x = golden.image((1, 3, 64, 96))
     with torch.no_grad():
@@ -247,7 +257,7 @@ def test_weights_of_the_trained_form_are_merged_on_the_way_in():
 
 
 def test_classifiers_weights_start_a_pyramid():
-    small = VARIANTS["overlock"]
+    small = VARIANTS["overlock_trained"]
     trained = deterministic(small.create())
     pyramid = small.create(pyramid="det").double().eval()
     weights = convert_state_dict(trained.state_dict(), pyramid)
@@ -277,7 +287,7 @@ def test_tags_choose_the_form():
 
 
 def test_saved_models_keep_their_form(tmp_path):
-    small = VARIANTS["overlock"]
+    small = VARIANTS["overlock_trained"]
     for form, model in [
         ("method", small.create().eval().reparameterize()),
         ("tag", timm.create_model("overlock_xt.reparam_in1k", **small.args).eval()),
