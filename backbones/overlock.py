@@ -311,7 +311,7 @@ class OverLoCK(HeadedBackbone):
         """Recompute the blocks of every stage in the backward pass instead of storing them."""
         super().set_grad_checkpointing(enable)
         for stage in (self.overview, *self.focus):
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
+            stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -441,7 +441,7 @@ def _is_reparam(cfg: str | dict[str, Any] | PretrainedCfg | None) -> bool:
     if isinstance(cfg, dict):
         cfg = cfg.get("tag")
     tag = cfg.tag if isinstance(cfg, PretrainedCfg) else cfg
-    return bool(tag) and tag.startswith("reparam")
+    return (tag or "").startswith("reparam")
 
 
 def _create_overlock(

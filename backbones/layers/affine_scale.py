@@ -37,4 +37,4 @@ class AffineScale(nn.Module):
         if self.bias is not None:
             assert layer.bias is not None
             layer.bias.add_(self.bias)
-            self.bias = None
+            self.register_parameter("bias", None)

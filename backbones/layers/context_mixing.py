@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -40,7 +40,8 @@ def _range(height: int, width: int) -> tuple[int, int]:
         return min(height, width), max(height, width)
     else:
         # a comparison of symbols would be one more condition of a compiled graph
-        return torch.sym_min(height, width), torch.sym_max(height, width)
+        shorter, longer = torch.sym_min(height, width), torch.sym_max(height, width)
+        return cast(int, shorter), cast(int, longer)
 
 
 def _fits(height: int, width: int, least: int) -> bool:
@@ -172,7 +173,7 @@ class ContextMixing(nn.Module):
             Keys times the weights of `kernel_proj`, scaled, `(B, num_heads, D, slots)`, with the
             slots of the small kernel first.
         """
-        regions = F.adaptive_avg_pool2d(context.permute(0, 3, 1, 2), [7, 7])
+        regions = F.adaptive_avg_pool2d(context.permute(0, 3, 1, 2), (7, 7))
         keys = self.key(regions.permute(0, 2, 3, 1)).flatten(1, 2)
         heads = keys.unflatten(2, [self.num_heads, self.head_dim]).permute(0, 2, 3, 1)
         # by the channels of both halves
