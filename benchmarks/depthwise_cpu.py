@@ -11,15 +11,11 @@ machine disturbs all alike.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import platform
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,11 +25,10 @@ from torch import Tensor
 
 from backbones.ops import _depthwise_pytorch
 from backbones.ops._depthwise import Fused, Window
+from benchmarks._cpu import Row, Ways, best_times, run
 
 RESULT = Path(__file__).resolve().parent / "results" / "depthwise_cpu.json"
 BATCHES = (1, 8)
-Row = dict[str, Any]
-Ways = dict[str, Callable[[], Any]]
 
 
 class Shape(NamedTuple):
@@ -72,7 +67,7 @@ def forward_ways(x: Tensor, weight: Tensor, shape: Shape) -> Ways:
     at = Window(shape.kernel, shape.stride)
     return {
         "op": lambda: _depthwise_pytorch.forward(
-            x.permute(0, 2, 3, 1), weight, None, None, at, Fused(), False
+            x.permute(0, 2, 3, 1), weight, None, None, at, Fused(), ""
         ),
         "channels_last": lambda: conv(x),
         "planes": lambda: planes(conv, x),
@@ -140,18 +135,7 @@ def grad_weight_ways(grad: Tensor, x: Tensor, weight: Tensor, shape: Shape) -> W
 
 def ratios(ways: Ways, seconds: float) -> dict[str, float]:
     """Time of each way over that of the op."""
-    best = dict.fromkeys(ways, float("inf"))
-    end = time.perf_counter() + seconds
-    for turn in itertools.count():
-        # two at least: the first is slow
-        if turn > 1 and time.perf_counter() > end:
-            break
-        # whoever comes first has a cold cache
-        names = list(ways) if turn % 2 else list(ways)[::-1]
-        for name in names:
-            start = time.perf_counter()
-            ways[name]()
-            best[name] = min(best[name], time.perf_counter() - start)
+    best = best_times(ways, seconds)
     return {name: round(best[name] / best["op"], 2) for name in ways if name != "op"}
 
 
@@ -174,35 +158,15 @@ def measure(shape: Shape, batch: int, seconds: float) -> list[Row]:
     return [{**base, "pass": name, **ratios(ways, seconds)} for name, ways in passes.items()]
 
 
-def processor() -> str:
-    """Name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def measure_all(seconds: float) -> Iterator[Row]:
+    """Compare all shapes and batches."""
+    for shape, batch in itertools.product(SHAPES, BATCHES):
+        yield from measure(shape, batch, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each pass of each shape")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    rows = []
-    for shape, batch in itertools.product(SHAPES, BATCHES):
-        for row in measure(shape, batch, arguments.seconds):
-            rows.append(row)
-            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    if arguments.write:
-        head = {"cpu": processor(), "threads": 1, "dtype": "float32", "torch": torch.__version__}
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        fields = "".join(
-            f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items()
-        )
-        RESULT.write_text(f'{{\n{fields} "rows": [\n{lines}\n ]\n}}\n')
-        print(f"wrote {RESULT}")
-    return 0
+    return run(measure_all, RESULT, argv, __doc__.splitlines()[0], 1.0)
 
 
 if __name__ == "__main__":

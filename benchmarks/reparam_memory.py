@@ -6,20 +6,16 @@
 A pass is forward and backward, for gradients of the map and all parameters. "merged" is our layer,
 which keeps none of its convolutions; "planes" and "channels_last" are the convolutions and norms of
 the official code, in either layout. Memory is on top of inputs and parameters, in MiB: the peak of
-a pass as `routing_memory.py` counts it, and what is kept from forward to backward, which adds up
-over the layers of a network. Times are ratios, to that of "planes", of the best of many in turns.
+a pass, and what is kept from forward to backward, which adds up over the layers of a network. Times
+are ratios, to that of "planes", of the best of many in turns.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,12 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from backbones.layers import DilatedReparamConv
-from benchmarks.depthwise_cpu import processor
-from benchmarks.routing_memory import peak
+from benchmarks._cpu import Row, best_times, peak, run
 
 RESULT = Path(__file__).resolve().parent / "results" / "reparam_memory.json"
 BASE = "planes"
-Row = dict[str, Any]
 
 
 class Shape(NamedTuple):
@@ -116,21 +110,6 @@ def ways_of(shape: Shape) -> dict[str, Way]:
     }
 
 
-def best_times(ways: dict[str, Way], seconds: float) -> dict[str, float]:
-    """The shortest time of each way."""
-    best = dict.fromkeys(ways, float("inf"))
-    end = time.perf_counter() + seconds
-    for turn in itertools.count():
-        # two at least: the first is slow
-        if turn > 1 and time.perf_counter() > end:
-            break
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
 def measure(shape: Shape, seconds: float) -> Row:
     """Compare all ways of one shape."""
     ways = ways_of(shape)
@@ -142,26 +121,15 @@ def measure(shape: Shape, seconds: float) -> Row:
     return row
 
 
+def measure_all(seconds: float) -> Iterator[Row]:
+    """Compare all shapes."""
+    for shape in SHAPES:
+        yield measure(shape, seconds)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
-    parser.add_argument("--seconds", type=float, default=8.0, help="for each shape")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    rows = []
-    for shape in SHAPES:
-        rows.append(measure(shape, arguments.seconds))
-        print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-    if arguments.write:
-        head = {"cpu": processor(), "threads": 1, "dtype": "float32", "torch": torch.__version__}
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        fields = "".join(
-            f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items()
-        )
-        RESULT.write_text(f'{{\n{fields} "rows": [\n{lines}\n ]\n}}\n')
-        print(f"wrote {RESULT}")
-    return 0
+    return run(measure_all, RESULT, argv, __doc__.splitlines()[0], 8.0)
 
 
 if __name__ == "__main__":

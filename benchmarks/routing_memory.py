@@ -12,10 +12,8 @@ encoding, norms and feed forward network included.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,18 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
-from torch.profiler import profile
 
 from backbones import ops
 from backbones.layers import routing_attention as layers
 from backbones.layers.routing_block import RoutingBlock
 from backbones.ops._regions import Regions, inside, merge, pad_tokens, partition
+from benchmarks._cpu import Row, peak, run
 from benchmarks.peers.routing_attention import expanded_attention
 
 RESULT = Path(__file__).resolve().parent / "results" / "routing_memory.json"
 BATCH = 8
 SIDES = 7
-Row = dict[str, Any]
 
 
 class Shape(NamedTuple):
@@ -117,19 +114,6 @@ def block(way: str, shape: Shape) -> Callable[[], None]:
     return step
 
 
-def peak(step: Callable[[], None]) -> float:
-    """MiB that a step takes at its height, gradients included."""
-    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    results = profiler.profiler.kineto_results
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest / 2**20
-
-
 def measure(part: Callable[[str, Shape], Callable[[], None]], shape: Shape) -> Row:
     """Compare all ways of one shape."""
     torch.manual_seed(0)
@@ -139,27 +123,16 @@ def measure(part: Callable[[str, Shape], Callable[[], None]], shape: Shape) -> R
     return row | {f"{way}_share": round(peaks[way] / peaks["gather"], 3) for way in WAYS}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    rows = []
+def measure_all(seconds: float) -> Iterator[Row]:
+    """Compare all shapes, attention alone and in a block; nothing is timed."""
     for part in (core, block):
         for shape in SHAPES:
-            row = measure(part, shape)
-            rows.append(row)
-            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    if arguments.write:
-        head = {"device": "cpu", "threads": 1, "dtype": "float32", "torch": torch.__version__}
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        fields = "".join(
-            f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items()
-        )
-        RESULT.write_text(f'{{\n{fields} "rows": [\n{lines}\n ]\n}}\n')
-        print(f"wrote {RESULT}")
-    return 0
+            yield measure(part, shape)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    return run(measure_all, RESULT, argv, __doc__.splitlines()[0], 0.0)
 
 
 if __name__ == "__main__":

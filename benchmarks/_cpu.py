@@ -1,0 +1,96 @@
+"""What the scripts that measure on a CPU share: memory, times in turns, and their program."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import profile
+
+Row = dict[str, Any]
+Ways = Mapping[str, Callable[[], Any]]
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def peak(step: Callable[[], Any]) -> float:
+    """MiB that a step takes at its height, gradients included: allocations are counted."""
+    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    results = profiler.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest / 2**20
+
+
+def best_times(ways: Ways, seconds: float) -> dict[str, float]:
+    """Seconds of the best pass of each way, in turns."""
+    best = dict.fromkeys(ways, float("inf"))
+    end = time.perf_counter() + seconds
+    for turn in itertools.count():
+        # two at least: the first is slow
+        if turn > 1 and time.perf_counter() > end:
+            break
+        # whoever comes first has a cold cache
+        for name in list(ways) if turn % 2 else list(ways)[::-1]:
+            start = time.perf_counter()
+            ways[name]()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def run(
+    measure: Callable[[float], Iterable[Row]],
+    result: Path,
+    argv: Sequence[str] | None,
+    about: str,
+    seconds: float,
+) -> int:
+    """Run a program that prints rows, and writes them with `--write`.
+
+    Args:
+        measure: Makes the rows, each timed for so many seconds.
+        result: JSON file to write.
+        argv: The command line.
+        about: Help text.
+        seconds: Default of `--seconds`.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--write", action="store_true", help=f"write {result.name}")
+    parser.add_argument("--seconds", type=float, default=seconds, help="of timing, for each row")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows = []
+    for row in measure(arguments.seconds):
+        rows.append(row)
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if arguments.write:
+        _write(result, rows)
+        print(f"wrote {result}")
+    return 0
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    head = {"cpu": processor(), "threads": 1, "dtype": "float32", "torch": torch.__version__}
+    fields = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    path.write_text(f'{{\n{fields} "rows": [\n{lines}\n ]\n}}\n')
