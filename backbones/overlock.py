@@ -460,7 +460,7 @@ def _create_overlock(
 
 @register_model
 def overlock_xt(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-XT: 16.5 M parameters, 2.7 GMACs at 224 when re-parameterised."""
+    """OverLoCK-XT: 16.5 M parameters, 2.64 GMACs at 224 when re-parameterised."""
     args = {
         "dims": (56, 112, 256, 336),
         "depths": (2, 2, 3, 2),
@@ -472,13 +472,13 @@ def overlock_xt(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
 
 @register_model
 def overlock_t(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-T: 33.5 M parameters, 5.6 GMACs at 224 when re-parameterised."""
+    """OverLoCK-T: 33.5 M parameters, 5.52 GMACs at 224 when re-parameterised."""
     return _create_overlock("overlock_t", pretrained, {}, **kwargs)
 
 
 @register_model
 def overlock_s(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-S: 56.2 M parameters, 9.9 GMACs at 224 when re-parameterised."""
+    """OverLoCK-S: 56.2 M parameters, 9.50 GMACs at 224 when re-parameterised."""
     args = {
         "dims": (64, 128, 320, 512),
         "depths": (6, 6, 8, 3),
@@ -490,7 +490,7 @@ def overlock_s(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
 
 @register_model
 def overlock_b(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-B: 94.9 M parameters, 17.1 GMACs at 224 when re-parameterised."""
+    """OverLoCK-B: 94.9 M parameters, 16.78 GMACs at 224 when re-parameterised."""
     args = {
         "dims": (80, 160, 384, 576),
         "depths": (8, 8, 10, 4),
