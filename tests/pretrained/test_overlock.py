@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import timm
 import torch
@@ -143,3 +145,18 @@ def test_table():
     assert (cfg.crop_pct, cfg.interpolation, cfg.mean[0]) == (0.975, "bicubic", 0.485)
     assert (cfg.first_conv, cfg.classifier) == ("stem.0.conv", "head.fc")
     assert timm.is_model_pretrained("overlock_xt")
+
+
+def test_a_release_is_downloaded_once_and_converted(hub, tmp_path):
+    name = "overlock_xt.reparam_in1k"
+    official = golden.official_weights(golden.load("overlock_xt_reparam"))
+    file = io.BytesIO()
+    torch.save({"state_dict": {k: v.float() for k, v in official.items()}}, file)
+    overlay = {"url": hub.add_plain("overlock_xt_in1k_224_reparam.pth", file.getvalue())}
+    for _ in range(2):
+        model = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path
+        )
+    assert model.reparam and hub.requests("overlock_xt_in1k_224_reparam.pth") == {"GET": 1}
+    table = official["sub_blocks3.2.rpb2"].float()
+    assert torch.equal(model.focus[0].blocks[2].mixer.mixing.table_large, table)
