@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._mixing_class_kernels import SIZES, load_added, load_kernels, locate_queries, offsets_of
-from ._tokens import LOG2E, fit, load_tokens, store_tokens
+from ._tokens import LOG2E, fit_along, load_tokens, store_tokens
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -83,7 +83,7 @@ def mixing_class_queries_kernel(
         logits = tl.dot(q, kernels, input_precision=PRECISION) * LOG2E + added
         weights = tl.exp2(logits - shift[:, None])
         ds = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - product[:, None])
-        ds, unit = fit(ds, q.dtype)
+        ds, unit = fit_along(ds, 1, q.dtype)
         dq += tl.dot(ds, tl.trans(kernels), input_precision=PRECISION) * unit
     half = C // 2
     if added_grad is not None:
@@ -169,7 +169,7 @@ def mixing_class_slots_kernel(
         ds = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - product[:, None])
         total += ds
         # queries are zero in rows that are none
-        ds, unit = fit(ds, q.dtype)
+        ds, unit = fit_along(ds, 0, q.dtype)
         dk = tl.dot(tl.trans(q), ds, input_precision=PRECISION) * unit
         part = (tl.cast(block, tl.int64) * batch * heads + problem) * D * (K * K)
         tl.store(grad_kernel + part + (d * (K * K))[:, None] + n[None, :], dk, mask=slots)

@@ -50,3 +50,17 @@ def fit(tile, DTYPE: tl.constexpr):
     else:
         unit = 1.0
     return (tile / unit).to(DTYPE), unit
+
+
+@triton.jit
+def fit_along(tile, AXIS: tl.constexpr, DTYPE: tl.constexpr):
+    """`fit` with a unit for every row (AXIS 1) or column (AXIS 0).
+
+    Triton 3.6 cannot reduce the large products of sm_100 to one number.
+    """
+    if DTYPE.is_fp16():
+        largest = tl.max(tl.abs(tile), AXIS, keep_dims=True)
+        unit = tl.where(largest > 0, largest, 1.0)
+    else:
+        unit = 1.0
+    return (tile / unit).to(DTYPE), unit
