@@ -20,6 +20,10 @@ from .depthwise_conv_norm import depthwise_conv_norm, depthwise_conv_norm_refere
 from .dynamic_mixing import dynamic_mixing, dynamic_mixing_reference
 from .flops import count_macs, fvcore_handles
 from .na2d_av import na2d_av, na2d_av_reference
+from .neighborhood_attention import (
+    neighborhood_attention,
+    neighborhood_attention_reference,
+)
 from .partial_attention import partial_attention, partial_attention_reference
 from .rank_augmented_attention import (
     rank_augmented_attention,
@@ -48,6 +52,8 @@ __all__ = [
     "fvcore_handles",
     "na2d_av",
     "na2d_av_reference",
+    "neighborhood_attention",
+    "neighborhood_attention_reference",
     "partial_attention",
     "partial_attention_reference",
     "rank_augmented_attention",

@@ -60,8 +60,26 @@ def window_pixels(
     return (rows[:, None, :, None] * width + cols[None, :, None, :]).flatten(2)
 
 
-def check_windows(name: str, height: int, width: int, size: Pair, dilation: Pair = (1, 1)) -> None:
-    """Refuse windows that have no middle, or do not fit the map.
+def check_kernel(name: str, size: Pair, dilation: Pair = (1, 1), least: int = 3) -> None:
+    """Refuse windows that have no middle.
+
+    Args:
+        name: What the caller names the size.
+        size: Rows and columns of a window.
+        dilation: Distance of its rows and columns.
+        least: The smallest size that makes sense.
+
+    Raises:
+        ValueError: See above.
+    """
+    if any(k < least or k % 2 == 0 for k in size):
+        raise ValueError(f"{name} {size} must be odd, and {least} or more")
+    if min(dilation) < 1:
+        raise ValueError(f"dilation {dilation} must be positive")
+
+
+def check_fit(name: str, height: int, width: int, size: Pair, dilation: Pair = (1, 1)) -> None:
+    """Refuse windows that do not fit the map.
 
     Args:
         name: What the caller names the size.
@@ -73,13 +91,15 @@ def check_windows(name: str, height: int, width: int, size: Pair, dilation: Pair
     Raises:
         ValueError: See above.
     """
-    if any(k < 3 or k % 2 == 0 for k in size):
-        raise ValueError(f"{name} {size} must be odd, and 3 or more")
-    if min(dilation) < 1:
-        raise ValueError(f"dilation {dilation} must be positive")
     need = size[0] * dilation[0], size[1] * dilation[1]
     if height < need[0] or width < need[1]:
         raise ValueError(
             f"{name} {size} with dilation {dilation} needs a map of at least {need[0]} x "
             f"{need[1]}, this one is {height} x {width}: resize it or take smaller windows"
         )
+
+
+def check_windows(name: str, height: int, width: int, size: Pair, dilation: Pair = (1, 1)) -> None:
+    """Refuse windows that have no middle, or do not fit the map; arguments as of `check_fit`."""
+    check_kernel(name, size, dilation)
+    check_fit(name, height, width, size, dilation)
