@@ -8,6 +8,7 @@ Every op is one function, registered with `torch.library`: it works in eager mod
 from ._common import reference_in_use, use_reference
 from ._depthwise import embed_dilated
 from ._rotary import apply_rotary, rotary_table
+from .adaptive_average import adaptive_average, adaptive_average_reference
 from .channel_attention import channel_attention, channel_attention_reference
 from .depthwise_conv import (
     depthwise_conv,
@@ -34,6 +35,8 @@ from .routing_attention import routing_attention, routing_attention_reference
 from .window_attention import window_attention, window_attention_reference
 
 __all__ = [
+    "adaptive_average",
+    "adaptive_average_reference",
     "apply_rotary",
     "channel_attention",
     "channel_attention_reference",

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor, nn
 
-from backbones.ops import dynamic_mixing, dynamic_mixing_reference
+from backbones.ops import (
+    adaptive_average,
+    adaptive_average_reference,
+    dynamic_mixing,
+    dynamic_mixing_reference,
+)
 from backbones.ops._neighborhood import own_slots
 
 from .linear_norm import LinearNorm
@@ -59,11 +64,13 @@ def _resize(x: Tensor, least: int) -> Tensor:
 
 
 @torch.jit.script_if_tracing
-def _restore(x: Tensor, like: Tensor, least: int) -> Tensor:
+def _restore(x: Tensor, like: Tensor, least: int, plain: bool) -> Tensor:
     height, width = like.shape[1], like.shape[2]
     if _fits(height, width, least):
         return x
-    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), (height, width)).permute(0, 2, 3, 1)
+    if plain:
+        return adaptive_average_reference(x, height, width)
+    return adaptive_average(x, height, width)
 
 
 # one call each in a graph of torch.fx, which cannot compute sizes
@@ -74,9 +81,9 @@ def enlarge(x: Tensor, least: int) -> Tensor:
 
 
 @torch.fx.wrap
-def restore(x: Tensor, like: Tensor, least: int) -> Tensor:
-    """Average what `enlarge` has resized to the size of the map before."""
-    return _restore(x, like, least)
+def restore(x: Tensor, like: Tensor, least: int, plain: bool) -> Tensor:
+    """Average what `enlarge` has resized to the size of the map before; `plain` without ops."""
+    return _restore(x, like, least, plain)
 
 
 def _positions(table: Tensor, height: int, width: int) -> Tensor:
@@ -161,7 +168,7 @@ class ContextMixing(nn.Module):
             mixed = dynamic_mixing_reference(query, kernel, values, bias, small, large)
         else:
             mixed = dynamic_mixing(query, kernel, values, bias, small, large)
-        return restore(mixed, value, self.kernel_size)
+        return restore(mixed, value, self.kernel_size, self.exportable)
 
     def kernels(self, context: Tensor) -> Tensor:
         """What turns the queries of a head into weights of kernels, from a context.
@@ -173,8 +180,11 @@ class ContextMixing(nn.Module):
             Keys times the weights of `kernel_proj`, scaled, `(B, num_heads, D, slots)`, with the
             slots of the small kernel first.
         """
-        regions = F.adaptive_avg_pool2d(context.permute(0, 3, 1, 2), (7, 7))
-        keys = self.key(regions.permute(0, 2, 3, 1)).flatten(1, 2)
+        if self.exportable:
+            regions = adaptive_average_reference(context, 7, 7)
+        else:
+            regions = adaptive_average(context, 7, 7)
+        keys = self.key(regions).flatten(1, 2)
         heads = keys.unflatten(2, [self.num_heads, self.head_dim]).permute(0, 2, 3, 1)
         # by the channels of both halves
         return (heads * (2 * self.head_dim) ** -0.5) @ self.kernel_proj.weight.t()
