@@ -20,6 +20,7 @@ from .depthwise_conv_moments import depthwise_conv_moments, depthwise_conv_momen
 from .depthwise_conv_norm import depthwise_conv_norm, depthwise_conv_norm_reference
 from .dynamic_mixing import dynamic_mixing, dynamic_mixing_reference
 from .flops import count_macs, fvcore_handles
+from .linear_attention import linear_attention, linear_attention_reference
 from .na2d_av import na2d_av, na2d_av_reference
 from .neighborhood_attention import (
     neighborhood_attention,
@@ -53,6 +54,8 @@ __all__ = [
     "dynamic_mixing_reference",
     "embed_dilated",
     "fvcore_handles",
+    "linear_attention",
+    "linear_attention_reference",
     "na2d_av",
     "na2d_av_reference",
     "neighborhood_attention",

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ._common import accumulation_dtype, autocast, kernels, reference_in_use
+from ._heads import pack_heads, split_heads
 
 
 class Roles(NamedTuple):
@@ -49,16 +50,9 @@ def score_scale(qkv: Tensor, num_heads: int, mix_values: bool, scale: float | No
 
 def _split(qkv: Tensor, num_heads: int, mix_values: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens a, b and m `(B, heads, N, D)` of a packed map, in the type of their sums."""
-    tokens = qkv.flatten(1, 2).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    parts = tokens.to(accumulation_dtype(qkv.dtype)).unbind(0)
+    parts = split_heads(qkv, 3, num_heads)
     rows, cols, mixed = roles(mix_values)
     return parts[rows], parts[cols], parts[mixed]
-
-
-def _pack(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The map `(B, H, W, C)` of the parts `(B, heads, N, D)`, one after the other."""
-    packed = torch.stack([part.transpose(1, 2) for part in parts], dim=2)
-    return packed.flatten(2).unflatten(1, like.shape[1:3]).to(like.dtype)
 
 
 def channel_attention_reference(
@@ -68,7 +62,7 @@ def channel_attention_reference(
     a, b, m = _split(qkv, num_heads, mix_values)
     factor = score_scale(qkv, num_heads, mix_values, scale)
     weights = (a.transpose(-1, -2) @ b * factor).softmax(dim=-1)
-    return _pack([m @ weights.transpose(-1, -2)], qkv)
+    return pack_heads([m @ weights.transpose(-1, -2)], qkv)
 
 
 def _forward_pytorch(
@@ -78,7 +72,7 @@ def _forward_pytorch(
         a, b, m = _split(qkv, num_heads, mix_values)
         factor = score_scale(qkv, num_heads, mix_values, scale)
         weights = (a.mT @ b).mul_(factor).softmax(dim=-1)
-        return _pack([m @ weights.mT], qkv), weights if keep else weights.new_empty(0)
+        return pack_heads([m @ weights.mT], qkv), weights if keep else weights.new_empty(0)
 
 
 def _backward_pytorch(
@@ -91,13 +85,13 @@ def _backward_pytorch(
 ) -> Tensor:
     with torch.autocast(qkv.device.type, enabled=False):
         a, b, m = _split(qkv, num_heads, mix_values)
-        g = grad.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2).to(a.dtype)
+        (g,) = split_heads(grad, 1, num_heads)
         da = g.mT @ m
         ds = weights * (da - (weights * da).sum(dim=-1, keepdim=True))
         ds *= score_scale(qkv, num_heads, mix_values, scale)
         parts = [b @ ds.mT, a @ ds, g @ weights]
         order = sorted(range(3), key=roles(mix_values).__getitem__)
-        return _pack([parts[i] for i in order], qkv)
+        return pack_heads([parts[i] for i in order], qkv)
 
 
 @torch.library.custom_op(

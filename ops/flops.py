@@ -19,6 +19,7 @@ from . import depthwise_conv as _depthwise_conv  # noqa: F401
 from . import depthwise_conv_moments as _depthwise_conv_moments  # noqa: F401
 from . import depthwise_conv_norm as _depthwise_conv_norm  # noqa: F401
 from . import dynamic_mixing as _dynamic_mixing  # noqa: F401
+from . import linear_attention as _linear_attention  # noqa: F401
 from . import na2d_av as _na2d_av  # noqa: F401
 from . import partial_attention as _partial_attention  # noqa: F401
 from . import rank_augmented_attention as _rank_augmented_attention  # noqa: F401
@@ -123,6 +124,27 @@ def _rank_augmented_backward_flops(grad: Any, qkv: Shape, *args: Any, out_shape:
     # u, dS, dv, t, and what the gate is multiplied by; scores and denominators again, dc and dmu
     num_heads, gated = args[-2:]
     return 2 * _rank_augmented_macs(qkv, num_heads, gated, 4 + gated, 4)
+
+
+def _linear_attention_macs(qkv: Shape, heads: int, products: int, vectors: int) -> int:
+    """Multiply-adds of products of the tokens with matrices and with vectors of the heads."""
+    return prod(qkv) // 3 * (products * (qkv[3] // (3 * heads)) + vectors)
+
+
+@register_flop_formula(torch.ops.backbones.linear_attention)
+def _linear_attention_flops(
+    qkv: Shape, temperature: Shape, *args: Any, out_shape: Any = None
+) -> int:
+    # S and what it does to the queries; denominators
+    return 2 * _linear_attention_macs(qkv, temperature[0], 2, 1)
+
+
+@register_flop_formula(torch.ops.backbones.linear_attention_backward)
+def _linear_attention_backward_flops(
+    grad: Shape, qkv: Shape, temperature: Shape, *args: Any, out_shape: Any = None
+) -> int:
+    # u, dS, dv, dfk; denominators again, and dz
+    return 2 * _linear_attention_macs(qkv, temperature[0], 4, 2)
 
 
 def _dynamic_mixing_product(query: Shape, kernel: Shape) -> int:
@@ -283,6 +305,9 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def dynamic_mixing(inputs: list[Any], outputs: list[Any]) -> int:
         return 2 * _dynamic_mixing_product(get_shape(inputs[0]), get_shape(inputs[1]))
 
+    def linear_attention(inputs: list[Any], outputs: list[Any]) -> int:
+        return _linear_attention_macs(get_shape(inputs[0]), get_shape(inputs[1])[0], 2, 1)
+
     def na2d_av(inputs: list[Any], outputs: list[Any]) -> int:
         return prod(get_shape(inputs[0])) * get_shape(inputs[1])[-1]
 
@@ -309,6 +334,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         "backbones::depthwise_conv_moments": depthwise_conv_moments,
         "backbones::depthwise_conv_norm": depthwise_conv_norm,
         "backbones::dynamic_mixing": dynamic_mixing,
+        "backbones::linear_attention": linear_attention,
         "backbones::na2d_av": na2d_av,
         "backbones::partial_attention": partial_attention,
         "backbones::rank_augmented_attention": rank_augmented_attention,

@@ -27,22 +27,11 @@ import torch
 from torch import Tensor
 
 from ._common import accumulation_dtype, autocast, kernels, reference_in_use
+from ._heads import pack_heads, split_heads
 from ._rotary import angles, check_rotary, turned
 
 # added to the denominator, as the official code does
 EPS = 1e-6
-
-
-def _tokens(packed: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """Tokens `(B, heads, N, D)` of the parts of a packed map, in the type of their sums."""
-    tokens = packed.flatten(1, 2).unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return tokens.to(accumulation_dtype(packed.dtype)).unbind(0)
-
-
-def _pack(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The map of the parts `(B, heads, N, D)`, one after the other."""
-    packed = torch.stack([part.transpose(1, 2) for part in parts], dim=2)
-    return packed.flatten(2).unflatten(1, like.shape[1:3]).to(like.dtype)
 
 
 def _pair_angles(rotary: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +50,7 @@ def _attend(
     qkv: Tensor, rotary: Tensor, addend: Tensor | None, num_heads: int, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output `(B, H, W, C)`, S over c, mu, and the scores of the tokens."""
-    q, k, v, *gate = _tokens(qkv, 3 + gated, num_heads)
+    q, k, v, *gate = split_heads(qkv, 3 + gated, num_heads)
     cos, sin = _pair_angles(rotary, qkv)
     fq, fk = _phi(q), _phi(k)
     mean = fq.mean(dim=-2, keepdim=True)
@@ -71,10 +60,10 @@ def _attend(
     vector = weighted.sum(dim=-2, keepdim=True)
     out = turned(fq, cos, sin) @ matrix / (fq @ vector.transpose(-1, -2) + EPS)
     if addend is not None:
-        out = out + _tokens(addend, 1, num_heads)[0]
+        out = out + split_heads(addend, 1, num_heads)[0]
     if gated:
         out = out * gate[0]
-    return _pack([out], qkv), torch.cat([matrix, vector], dim=-2), mean, scores
+    return pack_heads([out], qkv), torch.cat([matrix, vector], dim=-2), mean, scores
 
 
 def rank_augmented_attention_reference(
@@ -110,8 +99,8 @@ def _backward_pytorch(
     gated: bool,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
-        q, k, v, *gate = _tokens(qkv, 3 + gated, num_heads)
-        (g,) = _tokens(grad, 1, num_heads)
+        q, k, v, *gate = split_heads(qkv, 3 + gated, num_heads)
+        (g,) = split_heads(grad, 1, num_heads)
         cos, sin = _pair_angles(rotary, qkv)
         mean, matrix, vector = mean.unsqueeze(-2), state[..., :-1, :], state[..., -1:, :]
         factor = q.shape[-1] ** -0.5
@@ -120,10 +109,10 @@ def _backward_pytorch(
         grad_gate, grad_addend = [], qkv.new_empty(0)
         if gated:
             core = turned_q @ matrix / den
-            total = core if addend is None else core + _tokens(addend, 1, num_heads)[0]
+            total = core if addend is None else core + split_heads(addend, 1, num_heads)[0]
             grad_gate, g = [g * total], g * gate[0]
             if addend is not None:
-                grad_addend = _pack([g], addend)
+                grad_addend = pack_heads([g], addend)
         g = g / den
         u = turned(g @ matrix.mT, cos, -sin)
         dden = -(fq * u).sum(dim=-1, keepdim=True) / den
@@ -137,7 +126,7 @@ def _backward_pytorch(
         dk = (weights * t + ds * mean) * fk.clamp(max=1)
         dmean = ds.mT @ fk / (qkv.shape[1] * qkv.shape[2])
         dq = (u + dden * vector + dmean) * fq.clamp(max=1)
-        return _pack([dq, dk, dv, *grad_gate], qkv), grad_addend
+        return pack_heads([dq, dk, dv, *grad_gate], qkv), grad_addend
 
 
 @torch.library.custom_op(

@@ -231,6 +231,13 @@ EXAMPLES = [
         {"rotary": ROTARY, "num_heads": 3, "gated": True},
     ),
     Example(
+        "linear_attention",
+        "",
+        lambda size: {"qkv": (*size, 18), "temperature": (2,)},
+        # about as large as the denominators of few tokens
+        {"min_denominator": 4.0},
+    ),
+    Example(
         "routing_attention",
         "with pad",
         lambda size: {"qkv": (*size, 12), "pad": (12,)},
