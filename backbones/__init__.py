@@ -20,6 +20,7 @@ from ._registry import (  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .biformer import BiFormer  # noqa: E402
 from .davit import DaViT  # noqa: E402
+from .l2vit import L2ViT  # noqa: E402
 from .maxvit import MaxViT  # noqa: E402
 from .overlock import OverLoCK  # noqa: E402
 from .ravlt import RAVLT  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "RAVLT",
     "BiFormer",
     "DaViT",
+    "L2ViT",
     "MaxViT",
     "OverLoCK",
     "SHViT",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from . import biformer, davit, maxvit, overlock, ravlt, shvit
+from . import biformer, davit, l2vit, maxvit, overlock, ravlt, shvit
 from .errors import WeightsError
 from .table import Weights
 
@@ -30,6 +31,7 @@ class Family(Protocol):
 FAMILIES: dict[str, Family] = {
     "biformer": biformer,
     "davit": davit,
+    "l2vit": l2vit,
     "maxvit": maxvit,
     "overlock": overlock,
     "ravlt": ravlt,
@@ -61,6 +63,17 @@ def find_weights(name: str) -> Weights:
     close = difflib.get_close_matches(name, [row.name for row in rows])
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(FAMILIES)}"
     raise WeightsError(f"no official weights are called {name!r}; {hint}")
+
+
+def prefers_ema(location: str) -> bool:
+    """Whether a location is that of an official file of which the moving average is meant.
+
+    Args:
+        location: A path or a URL, whose last part is the name of the file.
+    """
+    rows = (row for table in weights_tables().values() for row in table if row.prefer_ema)
+    names = {PurePath(url).name for row in rows for url in row.urls}
+    return PurePath(location).name in names
 
 
 def family_of(model: nn.Module) -> Family:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import WeightsError, reason
 from .inert import stand_ins
-from .unwrap import unwrap
+from .unwrap import holds_ema, unwrap
 
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_TENSORS = 20_000
@@ -44,18 +44,35 @@ def read_state_dict(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]
         WeightsError: The file is missing, of another kind, damaged, holds code, holds tensors that
             are not finite, or does not hold the copy that `ema` asks for. The message says which.
     """
-    path = Path(path)
+    return read_copy(Path(path), ema, prefer_ema=False)[0]
+
+
+def read_copy(path: Path, ema: bool, prefer_ema: bool) -> tuple[dict[str, Tensor], bool]:
+    """Read weights as `read_state_dict` does, and tell which copy of them it was.
+
+    Args:
+        path: The file.
+        ema: Take the moving average of the weights.
+        prefer_ema: Take it if there is one.
+
+    Returns:
+        Name -> tensor, and whether it is the moving average.
+
+    Raises:
+        WeightsError: As `read_state_dict`.
+    """
     try:
         kind = check_file(path)
         if kind == "safetensors":
             checkpoint = _load_safetensors(path)
         else:
             checkpoint = _load_torch(path, mmap=kind == "zip")
+        ema = ema or (prefer_ema and holds_ema(checkpoint))
         state_dict = unwrap(checkpoint, ema=ema)
         _check_tensors(state_dict)
     except WeightsError as error:
         raise WeightsError(f"cannot read {path}: {error}") from error.__cause__
-    return state_dict
+    return state_dict, ema
 
 
 def check_file(path: Path) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .checksum import StoredFile, verify
 from .errors import WeightsError
-from .families import find_weights
-from .files import read_state_dict
+from .families import find_weights, prefers_ema
+from .files import read_copy
 from .hub import WEIGHT_FILES, hub_file
 from .url import url_file
 
@@ -41,7 +41,9 @@ def load_weights(
             `pytorch_model.bin`, else the only weight file of a folder.
         sha256: Expected SHA-256 of the file, or its first digits.
         cache_dir: Where downloads are kept; by default the caches of huggingface_hub and torch.hub.
-        ema: Take the moving average of the weights instead of the weights themselves.
+        ema: Take the moving average of the weights instead of the weights themselves. Of official
+            files that are meant so (`Weights.prefer_ema`, told by their names), it is taken anyway
+            if there is one.
 
     Returns:
         Name -> tensor on the CPU.
@@ -56,7 +58,7 @@ def load_weights(
         sha256 = sha256 or weights.sha256
     file = _fetch(text, filename, sha256, cache_dir)
     digest = verify(file, sha256)
-    state_dict = read_state_dict(file.path, ema=ema)
+    state_dict, ema = read_copy(file.path, ema, prefers_ema(text))
     _logger.info(
         "loaded %d tensors (%s, %s weights) from %s, sha256 %s",
         len(state_dict),

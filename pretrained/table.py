@@ -25,6 +25,7 @@ class Weights:
         sha256: Hash of that file, or None while it is not known.
         urls: Where the authors released the same weights, under their own tensor names.
         direct: Whether the first of `urls` is a file that can be downloaded, for want of a hub.
+        prefer_ema: Whether the moving average of the weights is meant, should the file hold both.
         num_classes: Width of the classifier.
         input_size: Channels, height and width of the images the accuracy was measured on.
         crop_pct: Side of the centre crop over side of the resized image.
@@ -44,6 +45,7 @@ class Weights:
     sha256: str | None = None
     urls: tuple[str, ...] = ()
     direct: bool = False
+    prefer_ema: bool = False
     num_classes: int = 1000
     input_size: tuple[int, int, int] = (3, 224, 224)
     crop_pct: float = 0.875

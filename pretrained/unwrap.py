@@ -44,6 +44,17 @@ def unwrap(checkpoint: Any, *, ema: bool = False) -> dict[str, Tensor]:
     return _strip(state_dict)
 
 
+def holds_ema(checkpoint: Any) -> bool:
+    """Whether a checkpoint holds a moving average of its weights.
+
+    Args:
+        checkpoint: A state dict, or a mapping that holds one.
+    """
+    return isinstance(checkpoint, Mapping) and any(
+        isinstance(checkpoint.get(key), Mapping) for key in _EMA
+    )
+
+
 def _is_state_dict(value: Any) -> bool:
     return (
         isinstance(value, Mapping)

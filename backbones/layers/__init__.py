@@ -8,6 +8,8 @@ from .dilated_reparam import DilatedReparamConv
 from .dual_attention import ChannelAttention, ConvAttentionBlock, WindowAttention
 from .global_response_norm import GlobalResponseNorm
 from .lepe_attention import LepeAttention
+from .linear_attention import LinearAttention, LinearAttentionBlock
+from .local_concentration import LocalConcentration
 from .mbconv import ConvStem, MBConv
 from .multi_axis import MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
 from .partition_attention import PartitionAttention, PartitionBlock
@@ -37,6 +39,9 @@ __all__ = [
     "DilatedReparamConv",
     "GlobalResponseNorm",
     "LepeAttention",
+    "LinearAttention",
+    "LinearAttentionBlock",
+    "LocalConcentration",
     "MBConv",
     "MultiAxisBlock",
     "MultiAxisStage",

@@ -69,6 +69,8 @@ _BIFORMER = {
     "topks": (4, None, 16, None),
 }
 _DAVIT = {"embed_dims": _WIDTHS, "num_heads": _HEADS, "depths": _DEPTHS}
+# both kinds of blocks among the first two stages
+_L2VIT = {"embed_dims": _WIDTHS, "num_heads": _HEADS, "depths": (2, 1, 2, 1)}
 _MAXVIT = {"embed_dim": _WIDTHS, "depths": _DEPTHS, "stem_width": (16, 24), "img_size": 64}
 _MAXVIT_TF = {**_MAXVIT, "head_hidden_size": 48}
 _MAXVIT_MAPS = ((24, *_WIDTHS), (2, 4, 8, 16, 32))
@@ -97,6 +99,7 @@ _SHVIT = {"embed_dim": (32, 48, 72), "depth": (1, 1, 2), "partial_dim": (16, 16,
 FAMILIES = {
     "biformer": Small("biformer_tiny", _BIFORMER, _WIDTHS),
     "davit": Small("davit_tiny", _DAVIT, _WIDTHS),
+    "l2vit": Small("l2vit_tiny", _L2VIT, _WIDTHS),
     "maxvit": Small("maxvit_tiny_tf_224", _MAXVIT_TF, *_MAXVIT_MAPS),
     "overlock": Small("overlock_xt", {**_OVERLOCK, "reparam": True}, **_OVERLOCK_KIND),
     "ravlt": Small("ravlt_t", _RAVLT, _WIDTHS),
