@@ -186,11 +186,11 @@ def _parts(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 def _weights(tile: _Tile, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Unnormalized weights, their sum with the slots outside, and the logarithm of their unit."""
     scores = torch.baddbmm(tile.mask, q, k.mT, alpha=scale)
-    # a slot outside has the score 0
-    floor = torch.zeros_like(tile.outside).masked_fill_(tile.outside == 0, -torch.inf)
-    top = torch.maximum(scores.amax(-1, keepdim=True), floor)
+    # a slot outside has the score 0; where there is none its sum has no logarithm
+    zeros = tile.outside.log()
+    top = torch.maximum(scores.amax(-1, keepdim=True), zeros.clamp(max=0))
     weights = scores.sub_(top).exp_()
-    return weights, weights.sum(-1, keepdim=True) + tile.outside * (-top).exp(), top
+    return weights, weights.sum(-1, keepdim=True) + (zeros - top).exp(), top
 
 
 def forward(qkv: Tensor, num_heads: int, window: Window, scale: float) -> tuple[Tensor, Tensor]:
