@@ -75,8 +75,9 @@ def _backward_pytorch(
         dmatrix, dvector = fq.mT @ g, dden.mT @ fq
         dtemperature = (matrix * dmatrix).sum(dim=(0, 2, 3))
         dmatrix *= factor
-        dq = du.addcmul_(dden, vector).where(fq > 0, 0.0)
-        dk = (v @ dmatrix.mT).add_(dvector).where(fk > 0, 0.0)
+        through_relu = torch.ops.aten.threshold_backward
+        dq = through_relu(du.addcmul_(dden, vector), fq, 0)
+        dk = through_relu((v @ dmatrix.mT).add_(dvector), fk, 0)
         grad_qkv = pack_heads([dq, dk, fk @ dmatrix], qkv)
         return grad_qkv, dtemperature.to(temperature.dtype)
 
