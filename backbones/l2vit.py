@@ -61,9 +61,9 @@ def complete(x: Tensor) -> Tensor:
         return F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
     else:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            # whether there is anything to add would be a condition of the graph
+            # whether there is anything to add, or to cut off, would be a condition of the graph
             height, width = (x.shape[2] + 3) // 4 * 4, (x.shape[3] + 3) // 4 * 4
-            return F.pad(x, (0, 3, 0, 3))[:, :, :height, :width]
+            return F.pad(x, (0, 4, 0, 4))[:, :, :height, :width]
         return F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
 
 
