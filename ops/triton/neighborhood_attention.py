@@ -21,15 +21,22 @@ Pair = tuple[int, int]
 _TILE = 8
 # columns of the blocks around it: for kernels of up to 9 one holds all
 _COLUMNS = 16
-# channels that a program takes at once, of heads of more than the limit
-_PART, _LIMIT = 64, 128
+# channels that a program takes at once, of heads of more than twice as many
+_PART = 64
 # shifts that the kernels take
 _SHIFTS = 4
 
 
 def tile_of(dim: int, wide: bool) -> Tile:
     """Tiles of scores, for heads of `dim` channels; `wide` for float32."""
-    return Tile(_TILE**2, 32, num_warps=8 if wide or _PART < dim <= _LIMIT else 4)
+    return Tile(_TILE**2, 32, num_warps=8 if wide or _PART < dim <= 2 * _PART else 4)
+
+
+def channels_of(dim: int, wide: bool) -> int:
+    """Channels that a program takes at once."""
+    # products of float32 leave the matrix units: their operands fill the registers
+    part = _PART // 2 if wide else _PART
+    return part if dim > 2 * part else max(16, next_power_of_2(dim))
 
 
 class _Call:
@@ -49,7 +56,7 @@ class _Call:
         self.batch, self.height, self.width, packed = qkv.shape
         self.heads, self.dim = num_heads, packed // (3 * num_heads)
         self.kernel_size, self.dilation, self.shifts = kernel_size, dilation, shifts
-        self.block_d = _PART if self.dim > _LIMIT else max(16, next_power_of_2(self.dim))
+        self.block_d = channels_of(self.dim, qkv.dtype == torch.float32)
 
     @property
     def blocks(self) -> Pair:
