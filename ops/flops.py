@@ -21,6 +21,7 @@ from . import depthwise_conv_norm as _depthwise_conv_norm  # noqa: F401
 from . import dynamic_mixing as _dynamic_mixing  # noqa: F401
 from . import linear_attention as _linear_attention  # noqa: F401
 from . import na2d_av as _na2d_av  # noqa: F401
+from . import neighborhood_attention as _neighborhood_attention  # noqa: F401
 from . import partial_attention as _partial_attention  # noqa: F401
 from . import rank_augmented_attention as _rank_augmented_attention  # noqa: F401
 from . import route_regions as _route_regions  # noqa: F401
@@ -178,6 +179,26 @@ def _na2d_av_backward_flops(
     return 2 * 2 * prod(attn) * value[-1]
 
 
+def _neighborhood_attention_product(qkv: Shape, rows: int, cols: int) -> int:
+    """Multiply-adds of one product over all slots, also those outside the map, over all heads."""
+    return prod(qkv) // 3 * rows * cols
+
+
+@register_flop_formula(torch.ops.backbones.neighborhood_attention)
+def _neighborhood_attention_flops(
+    qkv: Shape, num_heads: int, scale: Any, rows: int, cols: int, *args: Any, out_shape: Any = None
+) -> int:
+    return 2 * 2 * _neighborhood_attention_product(qkv, rows, cols)
+
+
+@register_flop_formula(torch.ops.backbones.neighborhood_attention_backward)
+def _neighborhood_attention_backward_flops(
+    grad: Shape, qkv: Shape, out: Any, lse: Any, *args: Any, out_shape: Any = None
+) -> int:
+    # scores again, then dv, dA, dq and dk; behind the number of heads and the scale
+    return 2 * 5 * _neighborhood_attention_product(qkv, *args[2:4])
+
+
 def _depthwise_conv_macs(x: Shape, weight: Shape, stride: int, border: Shape = (0, 0)) -> int:
     sizes = zip(x[1:3], border, strict=True)
     positions = prod(-(-(length + beyond) // stride) for length, beyond in sizes)
@@ -311,6 +332,10 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     def na2d_av(inputs: list[Any], outputs: list[Any]) -> int:
         return prod(get_shape(inputs[0])) * get_shape(inputs[1])[-1]
 
+    def neighborhood_attention(inputs: list[Any], outputs: list[Any]) -> int:
+        rows, cols = (i.toIValue() for i in inputs[3:5])
+        return 2 * _neighborhood_attention_product(get_shape(inputs[0]), rows, cols)
+
     def rank_augmented_attention(inputs: list[Any], outputs: list[Any]) -> int:
         heads, gated = inputs[3].toIValue(), inputs[4].toIValue()
         return _rank_augmented_macs(get_shape(inputs[0]), heads, gated, 2, 2)
@@ -336,6 +361,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
         "backbones::dynamic_mixing": dynamic_mixing,
         "backbones::linear_attention": linear_attention,
         "backbones::na2d_av": na2d_av,
+        "backbones::neighborhood_attention": neighborhood_attention,
         "backbones::partial_attention": partial_attention,
         "backbones::rank_augmented_attention": rank_augmented_attention,
         "backbones::route_regions": route_regions,
