@@ -11,6 +11,7 @@ from . import (
     depthwise_conv_moments,
     depthwise_conv_norm,
     dynamic_mixing,
+    linear_attention,
     na2d_av,
     neighborhood_attention,
     partial_attention,
@@ -23,6 +24,7 @@ from ._case import Case, Floor, Tensors
 _OPS = (
     window_attention,
     channel_attention,
+    linear_attention,
     partial_attention,
     rank_augmented_attention,
     routing_attention,

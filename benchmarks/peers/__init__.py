@@ -4,6 +4,7 @@ from . import (
     channel_attention,
     depthwise_conv,
     dynamic_mixing,
+    linear_attention,
     na2d_av,
     neighborhood_attention,
     partial_attention,
@@ -16,6 +17,7 @@ from ._peer import Compile, Outputs, Peer, Peers, outputs
 PEERS: dict[str, Peers] = {
     "window_attention": window_attention.PEERS,
     "channel_attention": channel_attention.PEERS,
+    "linear_attention": linear_attention.PEERS,
     "partial_attention": partial_attention.PEERS,
     "rank_augmented_attention": rank_augmented_attention.PEERS,
     "routing_attention": routing_attention.PEERS,

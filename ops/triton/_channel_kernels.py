@@ -9,27 +9,17 @@ A program serves one head of one image, and of a split the tokens of one part. T
 import triton
 import triton.language as tl
 
-from ._token_reduction import sum_outer
+from ._token_reduction import (
+    load_square,
+    locate_part,
+    part_index,
+    store_square,
+    sum_outer,
+)
 from ._tokens import LOG2E, load_tokens, locate_tokens, store_tokens
 
 # one compilation serves all of these
 SIZES = ["H", "W", "heads", "chunk"]
-
-
-@triton.jit
-def load_square(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A matrix `(D, D)`, zero beyond."""
-    d = tl.arange(0, BLOCK_D)
-    mask = (d < D)[:, None] & (d < D)[None, :]
-    return tl.load(ptr + d[:, None] * D + d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_square(ptr, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write a matrix `(D, D)`."""
-    d = tl.arange(0, BLOCK_D)
-    mask = (d < D)[:, None] & (d < D)[None, :]
-    tl.store(ptr + d[:, None] * D + d[None, :], tile, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -54,16 +44,12 @@ def channel_sum_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    problem, part = tl.program_id(0), tl.program_id(1)
-    batch, start = problem // heads, problem % heads * D
-    first = part * chunk
-    last = tl.minimum(first + chunk, H * W)
-    total = sum_outer(
+    problem, batch, start, first, last = locate_part(heads, chunk, H, W, D)
+    total, _ = sum_outer(
         x, x_part + start, x_b, x_y, x_x, y, y_part + start, y_b, y_y, y_x,
         batch, first, last, H, W, D, BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
-    index = tl.cast(part, tl.int64) * tl.num_programs(0) + problem
-    store_square(sums + index * D * D, total, D, BLOCK_D)
+    store_square(sums + part_index(problem) * D * D, total, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -89,10 +75,9 @@ def channel_fwd_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    problem, part = tl.program_id(0), tl.program_id(1)
-    batch, start = problem // heads, problem % heads * D
+    problem, batch, start, first, last = locate_part(heads, chunk, H, W, D)
     if sums is None:
-        scores = sum_outer(
+        scores, _ = sum_outer(
             qkv, rows_part + start, stride_b, stride_y, stride_x,
             qkv, cols_part + start, stride_b, stride_y, stride_x,
             batch, 0, H * W, H, W, D, BLOCK_N, BLOCK_D, PRECISION,
@@ -105,11 +90,10 @@ def channel_fwd_kernel(
     attention = tl.exp2(scores - tl.max(scores, 1)[:, None])
     attention /= tl.sum(attention, 1)[:, None]
     if weights is not None:  # noqa: SIM102  one is known when compiling, the other is not
-        if part == 0:
+        if first == 0:
             store_square(weights + tl.cast(problem, tl.int64) * D * D, attention, D, BLOCK_D)
     mixing = tl.trans(attention.to(qkv.dtype.element_ty))
-    first = part * chunk
-    for n in range(first, tl.minimum(first + chunk, H * W), BLOCK_N):
+    for n in range(first, last, BLOCK_N):
         tokens, pixels, inside = locate_tokens(
             batch, n + tl.arange(0, BLOCK_N), H, W, stride_b, stride_y, stride_x
         )
@@ -142,11 +126,10 @@ def channel_bwd_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    problem, part = tl.program_id(0), tl.program_id(1)
-    batch, start = problem // heads, problem % heads * D
+    problem, batch, start, first, last = locate_part(heads, chunk, H, W, D)
     image = tl.cast(H * W, tl.int64) * C
     if sums is None:
-        da = sum_outer(
+        da, _ = sum_outer(
             grad, start, image, W * C, C,
             qkv, mixed_part + start, stride_b, stride_y, stride_x,
             batch, 0, H * W, H, W, D, BLOCK_N, BLOCK_D, PRECISION,
@@ -160,8 +143,7 @@ def channel_bwd_kernel(
     unit = tl.where(unit > 0, unit, 1.0)
     ds = (ds / unit).to(qkv.dtype.element_ty)
     attention = attention.to(qkv.dtype.element_ty)
-    first = part * chunk
-    for n in range(first, tl.minimum(first + chunk, H * W), BLOCK_N):
+    for n in range(first, last, BLOCK_N):
         tokens, pixels, inside = locate_tokens(
             batch, n + tl.arange(0, BLOCK_N), H, W, stride_b, stride_y, stride_x
         )

@@ -9,32 +9,19 @@ from torch import Tensor
 
 from ..channel_attention import roles, score_scale
 from ._channel_kernels import channel_bwd_kernel, channel_fwd_kernel, channel_sum_kernel
-from ._launch import input_precision, next_power_of_2, rows_contiguous
-from ._token_reduction import split_tokens
+from ._launch import input_precision, next_power_of_2
+from ._token_reduction import Reduction, add_parts
 
 
-class _Call:
+class _Call(Reduction):
     """The arguments that all kernels of one call share."""
 
     def __init__(self, qkv: Tensor, num_heads: int, mix_values: bool, scale: float | None) -> None:
-        self.qkv, self.heads = rows_contiguous(qkv), num_heads
-        self.batch, self.height, self.width, packed = qkv.shape
-        self.channels = packed // 3
-        self.dim = self.channels // num_heads
+        super().__init__(qkv, 3, num_heads)
         self.scale = score_scale(qkv, num_heads, mix_values, scale)
         self.parts = tuple(role * self.channels for role in roles(mix_values))
         self.block = block_n(self.dim, self.height * self.width)
-        self.split = split_tokens(qkv, self.problems, self.height * self.width, self.block)
-
-    @property
-    def problems(self) -> int:
-        """Images times heads."""
-        return self.batch * self.heads
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Of the map, its heads, and the tokens of a program."""
-        return self.height, self.width, self.heads, self.split.chunk
+        self.share_out(self.block)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -54,13 +41,12 @@ class _Call:
         """Sum x^T y over the tokens, `(B * heads, D, D)`; None if one program does all."""
         if self.split.parts == 1:
             return None
-        shape = (self.split.parts, self.problems, self.dim, self.dim)
-        sums = x.new_empty(shape, dtype=torch.float32)
-        channel_sum_kernel[(self.problems, self.split.parts)](
+        sums = self.empty_parts(self.dim, self.dim)
+        channel_sum_kernel[self.grid](
             x, y, sums, *x.stride()[:3], *y.stride()[:3], *self.sizes, x_part, y_part,
             **self.constants,
         )  # fmt: skip
-        return sums.sum(0)
+        return add_parts(sums)
 
 
 def block_n(dim: int, tokens: int) -> int:
@@ -83,7 +69,7 @@ def forward(
     weights = qkv.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(qkv):
         sums = call.sums(call.qkv, call.parts[0], call.qkv, call.parts[1])
-        channel_fwd_kernel[(call.problems, call.split.parts)](
+        channel_fwd_kernel[call.grid](
             call.qkv, sums, weights if keep else None, out,
             *call.qkv.stride()[:3], *call.sizes, call.scale, call.channels, *call.parts,
             **call.constants,
@@ -104,7 +90,7 @@ def backward(
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     with torch.cuda.device_of(qkv):
         sums = call.sums(grad, 0, call.qkv, call.parts[2])
-        channel_bwd_kernel[(call.problems, call.split.parts)](
+        channel_bwd_kernel[call.grid](
             grad, call.qkv, sums, weights, grad_qkv,
             *call.qkv.stride()[:3], *call.sizes, call.scale, call.channels, *call.parts,
             **call.constants,
