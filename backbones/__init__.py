@@ -25,6 +25,7 @@ from .maxvit import MaxViT  # noqa: E402
 from .overlock import OverLoCK  # noqa: E402
 from .ravlt import RAVLT  # noqa: E402
 from .shvit import SHViT  # noqa: E402
+from .tic import TiC  # noqa: E402
 
 log_replaced()
 
@@ -36,6 +37,7 @@ __all__ = [
     "MaxViT",
     "OverLoCK",
     "SHViT",
+    "TiC",
     "__version__",
     "create_model",
     "list_models",

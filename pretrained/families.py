@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from . import biformer, davit, l2vit, maxvit, overlock, ravlt, shvit
+from . import biformer, davit, l2vit, maxvit, overlock, ravlt, shvit, tic
 from .errors import WeightsError
 from .table import Weights
 
@@ -36,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "overlock": overlock,
     "ravlt": ravlt,
     "shvit": shvit,
+    "tic": tic,
 }
 
 # modules of timm that are not named as the family

@@ -11,7 +11,9 @@ from .lepe_attention import LepeAttention
 from .linear_attention import LinearAttention, LinearAttentionBlock
 from .local_concentration import LocalConcentration
 from .mbconv import ConvStem, MBConv
+from .msa_conv import MSAConv2d
 from .multi_axis import MultiAxisBlock, MultiAxisStage, ParallelMultiAxisBlock
+from .neighborhood_attention import NeighborhoodAttention
 from .partition_attention import PartitionAttention, PartitionBlock
 from .position_conv import ConvPositionEncoding
 from .projection_head import ProjectionHead
@@ -43,8 +45,10 @@ __all__ = [
     "LinearAttentionBlock",
     "LocalConcentration",
     "MBConv",
+    "MSAConv2d",
     "MultiAxisBlock",
     "MultiAxisStage",
+    "NeighborhoodAttention",
     "NormLinear",
     "ParallelMultiAxisBlock",
     "PartitionAttention",

@@ -94,6 +94,8 @@ _RAVLT = {
     "layer_scales": (1.0, 1.0, 1e-6, 1e-6),
     "head_hidden_size": 48,
 }
+# both kinds of blocks, and more shifts than heads
+_TIC = {"embed_dims": _WIDTHS, "num_heads": _HEADS, "depths": (2, 1, 2, 1)}
 _SHVIT = {"embed_dim": (32, 48, 72), "depth": (1, 1, 2), "partial_dim": (16, 16, 19)}
 
 FAMILIES = {
@@ -104,6 +106,7 @@ FAMILIES = {
     "overlock": Small("overlock_xt", {**_OVERLOCK, "reparam": True}, **_OVERLOCK_KIND),
     "ravlt": Small("ravlt_t", _RAVLT, _WIDTHS),
     "shvit": Small("shvit_s1", _SHVIT, (32, 48, 72), (16, 32, 64), stages=3),
+    "tic": Small("tic_tiny", _TIC, _WIDTHS),
 }
 
 # other layers and heads of the same families, for what is quick to test

@@ -32,7 +32,7 @@ def state():
     names = timm.list_models(FAMILIES, include_tags=True)
     cfgs = {n: timm.get_pretrained_cfg(n).to_dict() for n in names}
     # timm's module of MaxViT has another name, and it has none of the others
-    modules = set(timm.list_modules()) - {"biformer", "l2vit", "maxvit", "overlock", "ravlt"}
+    modules = set(timm.list_modules()) - {"biformer", "l2vit", "maxvit", "overlock", "ravlt", "tic"}
     return names, cfgs, timm.list_models(FAMILIES, pretrained=True), modules
 before = state()
 import backbones
@@ -61,7 +61,7 @@ def test_environment_variable_keeps_timms_models():
     )
     module, *names = python(code, BACKBONES_KEEP_TIMM="1").split()
     assert module == "timm.models.shvit"
-    ours = ("biformer", "l2vit", "overlock", "ravlt")
+    ours = ("biformer", "l2vit", "overlock", "ravlt", "tic")
     assert names == [name for family in ours for name in backbones.list_models(family)]
     assert python(code, BACKBONES_KEEP_TIMM="0").startswith("backbones.shvit")
 

@@ -29,7 +29,7 @@ def test_find_weights(name):
     ("name", "hint"),
     [
         ("shvit_s9.in1k", "did you mean"),
-        ("zzz", "known: biformer, davit, l2vit, maxvit, overlock, ravlt, shvit"),
+        ("zzz", "known: biformer, davit, l2vit, maxvit, overlock, ravlt, shvit, tic"),
     ],
 )
 def test_unknown_weights(name, hint):
