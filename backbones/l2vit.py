@@ -94,8 +94,12 @@ class L2ViT(HeadedBackbone):
 
     There are four features, the maps after the stages. `pyramid="det"` gives each of them a
     LayerNorm, as the official backbone of detection and segmentation does, for its weights and to
-    train others: the norms are of the features only, what follows does not see them. Such a model
-    has no classifier, whatever `num_classes` is, and no norm before it.
+    train others: the norms are of the features only, what follows does not see them. A pyramid is
+    for `features_only` and `forward_intermediates`; it has no classifier, whatever `num_classes`
+    is, and no norm before it.
+
+    Weight decay reaches the temperatures of the linear attention, as in the official recipe: they
+    have three dimensions.
 
     `fuse()` folds BatchNorms of the stem into its convolutions, those between depthwise
     convolutions into a scale and a shift, and the norms before linear layers into these.
@@ -152,7 +156,11 @@ class L2ViT(HeadedBackbone):
             ]
             stages.append(ChannelsLastStage(_downsample(in_dim, dim, i, **dd), blocks))
             self.feature_info.append(
-                {"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"}
+                {
+                    "num_chs": dim,
+                    "reduction": 2 ** (i + 2),
+                    "module": f"feature_norms.{i}" if pyramid else f"stages.{i}",
+                }
             )
             in_dim = dim
         self.stages = nn.Sequential(*stages)

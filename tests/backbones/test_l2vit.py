@@ -153,6 +153,13 @@ def test_a_pyramid_scripts_and_trains_all_its_parameters():
     assert all(torch.equal(a, b) for a, b in zip(scripted(x), model(x), strict=True))
 
 
+@pytest.mark.parametrize("feature_cls", ["list", "hook", "fx"])
+def test_what_cannot_see_the_norms_of_a_pyramid_fails(feature_cls):
+    with pytest.raises((AssertionError, NotImplementedError, ValueError), match="present|missing"):
+        features = SMALL.create(pyramid="det", features_only=True, feature_cls=feature_cls)
+        features(torch.zeros(1, 3, 64, 64))
+
+
 @torch.no_grad()
 def test_images_are_completed_with_zeros():
     model = deterministic(SMALL.create())

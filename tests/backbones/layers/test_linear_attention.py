@@ -31,11 +31,10 @@ def test_heads_that_do_not_fit_are_named():
 
 def composed(block: LinearAttentionBlock, x: torch.Tensor) -> torch.Tensor:
     """A block step by step, from modules of PyTorch only but for the attention."""
-    first = lambda layer, y: layer(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # noqa: E731
-    x = x + first(block.cpe1.proj, x)
-    x = x + block.attn(block.norm1(x))
     local = nn.Sequential(block.local.conv1, nn.GELU(), block.local.bn, block.local.conv2)
-    x = x + first(local, block.local_norm(x))
+    x = x + block.cpe1.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    x = x + block.attn(block.norm1(x))
+    x = x + local(block.local_norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return x + block.mlp(block.norm2(x))
 
 
