@@ -155,7 +155,7 @@ def test_a_pyramid_scripts_and_trains_all_its_parameters():
 
 @pytest.mark.parametrize("feature_cls", ["list", "hook", "fx"])
 def test_what_cannot_see_the_norms_of_a_pyramid_fails(feature_cls):
-    with pytest.raises((AssertionError, NotImplementedError, ValueError), match="present|missing"):
+    with pytest.raises((AssertionError, NotImplementedError, ValueError), match=r"present|missing"):
         features = SMALL.create(pyramid="det", features_only=True, feature_cls=feature_cls)
         features(torch.zeros(1, 3, 64, 64))
 
