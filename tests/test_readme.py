@@ -30,7 +30,8 @@ def test_row(name, millions, macs, size, top1, link):
     input_size = model.pretrained_cfg["input_size"]
     assert input_size == (3, int(size), int(size))
     assert f"{costs.macs(name) / 1e9:.3f}" == macs
-    if link == "-":
+    assert ("reconstruction" in link) == name.startswith("tic_")
+    if link == "-" or link.startswith("none: "):
         with pytest.raises(WeightsError):
             find_weights(name)
         return
