@@ -98,9 +98,8 @@ class MSAConv2d(nn.Module):
 
     def _windows(self, x: Tensor) -> Tensor:
         """Windows `(B, C, slots, H * W)` of a map `(B, C, H, W)`."""
-        size, steps = [self.kernel_size, self.kernel_size], [self.dilation, self.dilation]
-        padding = [self.dilation * (self.kernel_size // 2)] * 2
-        columns = F.unfold(x, size, steps, padding, [1, 1])
+        padding = self.dilation * (self.kernel_size // 2)
+        columns = F.unfold(x, self.kernel_size, self.dilation, padding)
         return columns.unflatten(1, [x.shape[1], self.kernel_size * self.kernel_size])
 
     def extra_repr(self) -> str:
