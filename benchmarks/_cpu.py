@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from benchmarks.cases import Case
+from benchmarks.peers._peer import Peers
+
 Row = dict[str, Any]
 Ways = Mapping[str, Callable[[], Any]]
 
@@ -53,6 +56,34 @@ def best_times(ways: Ways, seconds: float) -> dict[str, float]:
             ways[name]()
             best[name] = min(best[name], time.perf_counter() - start)
     return best
+
+
+def compare(case: Case, peers: Peers, seconds: float, base: str = "unfold") -> Row:
+    """Compare the op with a peer: memory in MiB, and times as ratios to those of the peer.
+
+    Args:
+        case: What to compute, forward and backward.
+        peers: Those of the op, by name.
+        seconds: How long to take the times.
+        base: Name of the peer.
+    """
+    steps = {"op": _training(case, peers, "backbones"), base: _training(case, peers, base)}
+    times = best_times(steps, seconds)
+    row: Row = {"case": case.name, "batch": case.batch, "height": case.height, "width": case.width}
+    row |= {f"{way}_mib": round(peak(step), 1) for way, step in steps.items()}
+    return row | {f"{way}_time": round(times[way] / times[base], 3) for way in steps}
+
+
+def _training(case: Case, peers: Peers, name: str) -> Callable[[], None]:
+    """A forward and a backward pass."""
+    peer = peers[name](case, lambda function: function)
+    inputs = [x.requires_grad_() for x in peer.prepare(case.tensors("cpu"))]
+    grad = torch.randn_like(peer.run(*inputs)[0])
+
+    def step() -> None:
+        torch.autograd.grad(peer.run(*inputs)[0], inputs, grad)
+
+    return step
 
 
 def run(

@@ -11,7 +11,7 @@ that of "unfold", of the best of several passes in turns.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks._cpu import Row, best_times, peak, run
+from benchmarks._cpu import Row, compare, run
 from benchmarks.cases.dynamic_mixing import MixingCase, cases
 from benchmarks.peers.dynamic_mixing import PEERS
 
 RESULT = Path(__file__).resolve().parent / "results" / "mixing_memory.json"
-WAYS = {"op": "backbones", "unfold": "unfold"}
 BATCHES = {(224, 224): 8, (800, 1216): 1}
 
 
@@ -34,28 +33,11 @@ def shapes() -> list[MixingCase]:
     return [replace(case, batch=BATCHES[case.image], dtype=torch.float32) for case in found]
 
 
-def step(way: str, case: MixingCase) -> Callable[[], None]:
-    """A forward and a backward pass."""
-    peer = PEERS[WAYS[way]](case, lambda function: function)
-    inputs = [x.requires_grad_() for x in peer.prepare(case.tensors("cpu"))]
-    grad = torch.randn_like(peer.run(*inputs)[0])
-
-    def run() -> None:
-        torch.autograd.grad(peer.run(*inputs)[0], inputs, grad)
-
-    return run
-
-
 def measure(seconds: float) -> Iterator[Row]:
     """Compare both ways of every call."""
     torch.manual_seed(0)
     for case in shapes():
-        steps = {way: step(way, case) for way in WAYS}
-        times = best_times(steps, seconds)
-        size = {"batch": case.batch, "height": case.height, "width": case.width}
-        row: Row = {"case": case.name, **size}
-        row |= {f"{way}_mib": round(peak(run), 1) for way, run in steps.items()}
-        yield row | {f"{way}_time": round(times[way] / times["unfold"], 3) for way in WAYS}
+        yield compare(case, PEERS, seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
