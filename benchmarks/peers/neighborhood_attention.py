@@ -119,6 +119,7 @@ class Flex(Peer):
             out, aux = flex_attention(
                 q, k, v, block_mask=block_mask, return_aux=AuxRequest(lse=True)
             )
+            assert aux.lse is not None
             kept = torch.sigmoid(aux.lse - self.outside)
             return out * kept.unsqueeze(-1).to(out.dtype)
 

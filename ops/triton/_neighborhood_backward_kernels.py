@@ -28,9 +28,7 @@ from ._tokens import LOG2E, fit_along
 
 
 @triton.jit
-def load_delta(
-    g, grad, out, at, inside, D: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def load_delta(g, grad, out, at, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Products of gradients and outputs, of which `g` are the first channels of the gradients."""
     if D <= BLOCK_D:
         o = load_channels(out, at, inside, 0, D, BLOCK_D)
@@ -191,9 +189,10 @@ def neighborhood_bwd_keys_kernel(
         queries_at = query_row * stride_y + query_col * stride_x
         pixels = query_row * W + query_col
         scores = products(k, keys, at, is_key, queries, queries_at, is_query, D, BLOCK_D, PRECISION)
-        start_y = tl.where(is_query, window_start(query_y, rows, ROWS, CLAMP), NOWHERE)
+        start_y = window_start(query_y, rows, ROWS, CLAMP)
         start_x = window_start(query_x, cols, COLS, CLAMP)
         seen = are_neighbors(y[:, None], x[:, None], start_y[None, :], start_x[None, :], ROWS, COLS)
+        # the weights of what is no query are zero
         query_lse = tl.load(lse + pixels, mask=is_query, other=float("inf"))
         query_delta = tl.load(delta + pixels, mask=is_query, other=0.0)
         scores = tl.where(seen, scores * (scale * LOG2E), float("-inf"))

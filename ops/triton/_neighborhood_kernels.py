@@ -112,9 +112,7 @@ def locate_block(step, across, top, left, rows, cols, BLOCK_Y: tl.constexpr, BLO
 
 
 @triton.jit
-def are_neighbors(
-    key_y, key_x, start_y, start_x, ROWS: tl.constexpr, COLS: tl.constexpr
-):  # fmt: skip
+def are_neighbors(key_y, key_x, start_y, start_x, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Which keys lie in windows; shapes are broadcast."""
     # a negative slot is a large one without sign
     slot_y, slot_x = (key_y - start_y).to(tl.uint32), (key_x - start_x).to(tl.uint32)
