@@ -41,27 +41,30 @@ class _Call(Reduction):
     @property
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments and options."""
+        large = self.dim > 32 or self.block > 64 or self.qkv.dtype == torch.float32
         return {
             "D": self.dim,
             "BLOCK_N": self.block,
             "BLOCK_D": max(16, next_power_of_2(self.dim)),
             "PRECISION": input_precision(self.qkv),
-            "num_warps": 8 if self.qkv.dtype == torch.float32 else 4,
+            "num_warps": 8 if large else 4,
             "num_stages": 2,
             "enable_fp_fusion": True,
         }
 
 
+# products of float32 leave the matrix units: their operands fill the registers
 def forward_block(qkv: Tensor, dim: int) -> int:
     """Tokens of a tile of heads of `dim` channels."""
-    return 64 if dim > 32 or qkv.shape[1] * qkv.shape[2] <= 64 else 128
+    if dim > 32:
+        return 32 if qkv.dtype == torch.float32 else 64
+    return 64 if qkv.shape[1] * qkv.shape[2] <= 64 else 128
 
 
 def backward_block(qkv: Tensor, dim: int) -> int:
     """The same in the backward pass, which holds more tiles at once."""
-    # products of float32 leave the matrix units: their operands fill the registers
-    wide = dim > 64 or qkv.dtype == torch.float32
-    return 32 if wide else 64
+    most = 64 if dim <= 32 else 32
+    return most // 2 if qkv.dtype == torch.float32 else most
 
 
 def forward(

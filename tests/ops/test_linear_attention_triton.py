@@ -60,8 +60,8 @@ class Call:
         return linear_attention(qkv, temperature, self.least)
 
 
-# with one multiprocessor two heads fill it; one head of more than 256 tokens is split backward,
-# of more than 512 forward too
+# with one multiprocessor two heads fill it; one head of more than four tiles, of at most 128 tokens
+# forward and 64 backward, is split
 CALLS = [
     Call((2, 3, 5)),
     Call((1, 1, 1), heads=3, least=1e-3),
