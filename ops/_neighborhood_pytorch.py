@@ -164,23 +164,15 @@ def _grids(window: Window, *maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
             yield tuple(m[:, y :: steps[0], x :: steps[1]] for m in maps)
 
 
-def _rolled(x: Tensor, shift: Pair, back: bool = False) -> Tensor:
-    """A map `(B, H, W, ...)` with the pixel `shift` first; itself if there is nothing to do."""
-    if shift == (0, 0):
+def _rolled(x: Tensor, window: Window, back: bool = False) -> Tensor:
+    """A map `(B, H, W, ..., heads, D)`, every head rolled; itself if there is nothing to do."""
+    if all(shift == (0, 0) for shift in window.shifts):
         return x
-    return x.roll(shift if back else (-shift[0], -shift[1]), (1, 2))
-
-
-def _heads(window: Window, num_heads: int) -> Iterator[tuple[slice, Pair]]:
-    """Heads of one shift, and the shift."""
-    count = len(window.shifts)
-    for first, shift in enumerate(window.shifts[:num_heads]):
-        yield slice(first, num_heads, count), shift
-
-
-def _parts(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-    """Views `(B, H, W, heads, D)` of queries, keys and values."""
-    return qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
+    out, count, sign = torch.empty_like(x), len(window.shifts), 1 if back else -1
+    for first, (rows, cols) in enumerate(window.shifts):
+        heads = slice(first, None, count)
+        out[..., heads, :] = x[..., heads, :].roll((sign * rows, sign * cols), (1, 2))
+    return out
 
 
 def _weights(tile: _Tile, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,18 +190,13 @@ def forward(qkv: Tensor, num_heads: int, window: Window, scale: float) -> tuple[
     (*size, packed), dtype = qkv.shape, accumulation_dtype(qkv.dtype)
     out = qkv.new_empty((*size, num_heads, packed // 3 // num_heads))
     lse = qkv.new_empty((*size, num_heads, 1), dtype=dtype)
-    for heads, shift in _heads(window, num_heads):
-        parts = [_rolled(part[:, :, :, heads], shift) for part in _parts(qkv, num_heads)]
-        targets = [x[:, :, :, heads] for x in (out, lse)]
-        results = targets if shift == (0, 0) else [torch.empty_like(x) for x in targets]
-        for q, k, v, o, m in _grids(window, *parts, *results):
-            for tile in _tiles(q, window, dtype):
-                weights, total, top = _weights(tile, tile.take(q), tile.take(k, True), scale)
-                tile.put(o, weights @ tile.take(v, True) / total)
-                tile.put(m, top + total.log())
-        if shift != (0, 0):
-            for target, result in zip(targets, results, strict=True):
-                target.copy_(_rolled(result, shift, back=True))
+    parts = _rolled(qkv.unflatten(-1, (3, num_heads, -1)), window).unbind(3)
+    for q, k, v, o, m in _grids(window, *parts, out, lse):
+        for tile in _tiles(q, window, dtype):
+            weights, total, top = _weights(tile, tile.take(q), tile.take(k, True), scale)
+            tile.put(o, weights @ tile.take(v, True) / total)
+            tile.put(m, top + total.log())
+    out, lse = (_rolled(x, window, back=True) for x in (out, lse))
     return out.flatten(-2), lse.squeeze(-1).permute(0, 3, 1, 2).contiguous()
 
 
@@ -224,21 +211,15 @@ def backward(
 ) -> Tensor:
     """Gradient of `qkv`; weights are computed again."""
     dtype = accumulation_dtype(qkv.dtype)
-    grad_qkv = qkv.new_zeros(qkv.shape, dtype=dtype)
     g, o = (x.unflatten(-1, (num_heads, -1)) for x in (grad, out))
     delta = (g.to(dtype) * o.to(dtype)).sum(-1, keepdim=True)
-    maps = (*_parts(qkv, num_heads), g, delta, lse.permute(0, 2, 3, 1).unsqueeze(-1))
-    for heads, shift in _heads(window, num_heads):
-        parts = [_rolled(x[:, :, :, heads], shift) for x in maps]
-        targets = [x[:, :, :, heads] for x in _parts(grad_qkv, num_heads)]
-        sums = targets if shift == (0, 0) else [torch.zeros_like(x) for x in targets]
-        for grid in _grids(window, *parts, *sums):
-            for tile in _tiles(grid[0], window, dtype):
-                _add_gradients(tile, scale, *grid)
-        if shift != (0, 0):
-            for target, result in zip(targets, sums, strict=True):
-                target.copy_(_rolled(result, shift, back=True))
-    return grad_qkv.to(qkv.dtype)
+    maps = (qkv.unflatten(-1, (3, num_heads, -1)), g, delta, lse.permute(0, 2, 3, 1).unsqueeze(-1))
+    packed, *others = (_rolled(x, window) for x in maps)
+    sums = torch.zeros(packed.shape, dtype=dtype, device=qkv.device)
+    for grid in _grids(window, *packed.unbind(3), *others, *sums.unbind(3)):
+        for tile in _tiles(grid[0], window, dtype):
+            _add_gradients(tile, scale, *grid)
+    return _rolled(sums.to(qkv.dtype), window, back=True).flatten(3)
 
 
 def _add_gradients(tile: _Tile, scale: float, *grid: Tensor) -> None:
