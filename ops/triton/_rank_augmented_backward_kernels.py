@@ -22,6 +22,7 @@ from ._rank_augmented_tokens import (
     store_rows,
     store_vector,
 )
+from ._token_reduction import locate_part, part_index
 from ._tokens import LOG2E, fit, load_tokens, locate_tokens, store_tokens
 
 
@@ -54,9 +55,7 @@ def rank_augmented_bwd_state_kernel(
     PRECISION: tl.constexpr,
 ):
     """Sums of the gradients of S and c over tokens; the gradients of the gate and the addend."""
-    problem, part = tl.program_id(0), tl.program_id(1)
-    batch, start = problem // heads, problem % heads * D
-    first = part * chunk
+    problem, batch, start, first, last = locate_part(heads, chunk, H, W, D)
     dtype: tl.constexpr = qkv.dtype.element_ty
     state += tl.cast(problem, tl.int64) * (D + 1) * D
     s_even, s_odd = load_rows(state, D, BLOCK_D)
@@ -66,7 +65,7 @@ def rank_augmented_bwd_state_kernel(
     odd = tl.zeros((BLOCK_D // 2, BLOCK_D), tl.float32)
     dc_even = tl.zeros((BLOCK_N, BLOCK_D // 2), tl.float32)
     dc_odd = tl.zeros((BLOCK_N, BLOCK_D // 2), tl.float32)
-    for token in range(first, tl.minimum(first + chunk, H * W), BLOCK_N):
+    for token in range(first, last, BLOCK_N):
         n = token + tl.arange(0, BLOCK_N)
         tokens, pixels, inside = locate_tokens(batch, n, H, W, stride_b, stride_y, stride_x)
         q_even, q_odd = load_pairs(qkv, start, tokens, inside, D, BLOCK_D)
@@ -97,7 +96,7 @@ def rank_augmented_bwd_state_kernel(
         factor = turned_unit * g_unit
         even += tl.dot(tl.trans(turned_even), g, input_precision=PRECISION) * factor
         odd += tl.dot(tl.trans(turned_odd), g, input_precision=PRECISION) * factor
-    index = tl.cast(part, tl.int64) * tl.num_programs(0) + problem
+    index = part_index(problem)
     grad_state = grad_states + index * (D + 1) * D
     store_rows(grad_state, even, odd, D, BLOCK_D)
     store_vector(grad_state + D * D, tl.sum(dc_even, 0), tl.sum(dc_odd, 0), D, BLOCK_D)
@@ -130,9 +129,7 @@ def rank_augmented_bwd_kv_kernel(
     PRECISION: tl.constexpr,
 ):
     """Gradients of keys and values, and sums of those of the mean query."""
-    problem, part = tl.program_id(0), tl.program_id(1)
-    batch, start = problem // heads, problem % heads * D
-    first = part * chunk
+    problem, batch, start, first, last = locate_part(heads, chunk, H, W, D)
     offset = tl.cast(problem, tl.int64) * (D + 1) * D
     mean_even, mean_odd = load_vector(mean + tl.cast(problem, tl.int64) * D, D, BLOCK_D)
     top = tl.load(lse + problem)
@@ -145,7 +142,7 @@ def rank_augmented_bwd_kv_kernel(
     ds_even, ds_odd, unit = fit_rows(ds_even, ds_odd, qkv.dtype.element_ty)
     sum_even = tl.zeros((BLOCK_N, BLOCK_D // 2), tl.float32)
     sum_odd = tl.zeros((BLOCK_N, BLOCK_D // 2), tl.float32)
-    for token in range(first, tl.minimum(first + chunk, H * W), BLOCK_N):
+    for token in range(first, last, BLOCK_N):
         n = token + tl.arange(0, BLOCK_N)
         tokens, pixels, inside = locate_tokens(batch, n, H, W, stride_b, stride_y, stride_x)
         pixels *= (3 + GATED) * C
@@ -173,7 +170,7 @@ def rank_augmented_bwd_kv_kernel(
         dk_odd = weights[:, None] * t_odd + ds[:, None] * mean_odd[None, :]
         dk_even, dk_odd = dk_even * tl.minimum(k_even, 1.0), dk_odd * tl.minimum(k_odd, 1.0)
         store_pairs(grad_qkv, C + start, pixels, inside, dk_even, dk_odd, D, BLOCK_D)
-    index = tl.cast(part, tl.int64) * tl.num_programs(0) + problem
+    index = part_index(problem)
     count = (H * W).to(tl.float32)
     sum_even, sum_odd = tl.sum(sum_even, 0) / count, tl.sum(sum_odd, 0) / count
     store_vector(grad_means + index * D, sum_even, sum_odd, D, BLOCK_D)
@@ -203,16 +200,14 @@ def rank_augmented_bwd_q_kernel(
     PRECISION: tl.constexpr,
 ):
     """Gradients of the queries."""
-    problem, part = tl.program_id(0), tl.program_id(1)
-    batch, start = problem // heads, problem % heads * D
-    first = part * chunk
+    problem, batch, start, first, last = locate_part(heads, chunk, H, W, D)
     dtype: tl.constexpr = qkv.dtype.element_ty
     state += tl.cast(problem, tl.int64) * (D + 1) * D
     s_even, s_odd = load_rows(state, D, BLOCK_D)
     s_even, s_odd, unit = fit_rows(s_even, s_odd, dtype)
     c_even, c_odd = load_vector(state + D * D, D, BLOCK_D)
     mean_even, mean_odd = load_vector(grad_mean + tl.cast(problem, tl.int64) * D, D, BLOCK_D)
-    for token in range(first, tl.minimum(first + chunk, H * W), BLOCK_N):
+    for token in range(first, last, BLOCK_N):
         n = token + tl.arange(0, BLOCK_N)
         tokens, pixels, inside = locate_tokens(batch, n, H, W, stride_b, stride_y, stride_x)
         # the products come first: what is loaded ahead of them takes registers

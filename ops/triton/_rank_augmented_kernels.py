@@ -20,6 +20,7 @@ from ._rank_augmented_tokens import (
     store_rows,
     store_vector,
 )
+from ._token_reduction import locate_part, part_index
 from ._tokens import LN2, LOG2E, load_tokens, locate_tokens, store_tokens
 
 # one compilation serves all of these
@@ -41,18 +42,16 @@ def rank_augmented_mean_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    problem, part = tl.program_id(0), tl.program_id(1)
-    batch, start = problem // heads, problem % heads * D
-    first = part * chunk
+    problem, batch, start, first, last = locate_part(heads, chunk, H, W, D)
     even = tl.zeros((BLOCK_N, BLOCK_D // 2), tl.float32)
     odd = tl.zeros((BLOCK_N, BLOCK_D // 2), tl.float32)
-    for token in range(first, tl.minimum(first + chunk, H * W), BLOCK_N):
+    for token in range(first, last, BLOCK_N):
         n = token + tl.arange(0, BLOCK_N)
         tokens, _, inside = locate_tokens(batch, n, H, W, stride_b, stride_y, stride_x)
         q_even, q_odd = load_pairs(qkv, start, tokens, inside, D, BLOCK_D)
         even += tl.where(inside[:, None], positive(q_even, D, BLOCK_D), 0.0)
         odd += tl.where(inside[:, None], positive(q_odd, D, BLOCK_D), 0.0)
-    index = tl.cast(part, tl.int64) * tl.num_programs(0) + problem
+    index = part_index(problem)
     count = (H * W).to(tl.float32)
     store_vector(means + index * D, tl.sum(even, 0) / count, tl.sum(odd, 0) / count, D, BLOCK_D)
 
@@ -79,9 +78,7 @@ def rank_augmented_state_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    problem, part = tl.program_id(0), tl.program_id(1)
-    batch, start = problem // heads, problem % heads * D
-    first = part * chunk
+    problem, batch, start, first, last = locate_part(heads, chunk, H, W, D)
     mean_even, mean_odd = load_vector(mean + tl.cast(problem, tl.int64) * D, D, BLOCK_D)
     mean_even, mean_odd = mean_even * (scale * LOG2E), mean_odd * (scale * LOG2E)
     even = tl.zeros((BLOCK_D // 2, BLOCK_D), tl.float32)
@@ -90,7 +87,7 @@ def rank_augmented_state_kernel(
     c_odd = tl.zeros((BLOCK_N, BLOCK_D // 2), tl.float32)
     totals = tl.zeros((BLOCK_N,), tl.float32)
     top = tl.full((), float("-inf"), tl.float32)
-    for token in range(first, tl.minimum(first + chunk, H * W), BLOCK_N):
+    for token in range(first, last, BLOCK_N):
         n = token + tl.arange(0, BLOCK_N)
         tokens, _, inside = locate_tokens(batch, n, H, W, stride_b, stride_y, stride_x)
         k_even, k_odd = load_pairs(qkv, C + start, tokens, inside, D, BLOCK_D)
@@ -109,7 +106,7 @@ def rank_augmented_state_kernel(
         turned_odd = tl.trans((k_odd * cos + k_even * sin).to(v.dtype))
         even = even * decay + tl.dot(turned_even, v, input_precision=PRECISION)
         odd = odd * decay + tl.dot(turned_odd, v, input_precision=PRECISION)
-    index = tl.cast(part, tl.int64) * tl.num_programs(0) + problem
+    index = part_index(problem)
     state = states + index * (D + 1) * D
     total = tl.sum(totals, 0)
     store_rows(state, even / total, odd / total, D, BLOCK_D)
@@ -209,14 +206,12 @@ def rank_augmented_fwd_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    problem, part = tl.program_id(0), tl.program_id(1)
-    batch, start = problem // heads, problem % heads * D
-    first = part * chunk
+    problem, batch, start, first, last = locate_part(heads, chunk, H, W, D)
     state += tl.cast(problem, tl.int64) * (D + 1) * D
     s_even, s_odd = load_rows(state, D, BLOCK_D)
     s_even, s_odd, unit = fit_rows(s_even, s_odd, qkv.dtype.element_ty)
     c_even, c_odd = load_vector(state + D * D, D, BLOCK_D)
-    for token in range(first, tl.minimum(first + chunk, H * W), BLOCK_N):
+    for token in range(first, last, BLOCK_N):
         n = token + tl.arange(0, BLOCK_N)
         tokens, pixels, inside = locate_tokens(batch, n, H, W, stride_b, stride_y, stride_x)
         q_even, q_odd = load_pairs(qkv, start, tokens, inside, D, BLOCK_D)

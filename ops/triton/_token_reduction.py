@@ -101,9 +101,10 @@ def add_parts(parts: Tensor) -> Tensor:
 @triton.jit
 def locate_part(heads, chunk, H, W, D: tl.constexpr):
     """The problem and the part of a program: its image, first channel, first and last token."""
-    problem, first = tl.program_id(0), tl.program_id(1) * chunk
-    last = tl.minimum(first + chunk, H * W)
-    return problem, problem // heads, problem % heads * D, first, last
+    problem, part = tl.program_id(0), tl.program_id(1)
+    batch, start = problem // heads, problem % heads * D
+    first = part * chunk
+    return problem, batch, start, first, tl.minimum(first + chunk, H * W)
 
 
 @triton.jit

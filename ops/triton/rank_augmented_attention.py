@@ -19,44 +19,30 @@ from ._rank_augmented_kernels import (
     rank_augmented_merge_kernel,
     rank_augmented_state_kernel,
 )
-from ._token_reduction import split_tokens
+from ._token_reduction import Reduction, add_parts
 
 # parts that a program of the merge loads at once
 _MERGED = 16
 
 
-class _Call:
+class _Call(Reduction):
     """The arguments that all kernels of one call share."""
 
     def __init__(
         self, qkv: Tensor, rotary: Tensor, addend: Tensor | None, num_heads: int, gated: bool
     ) -> None:
-        self.qkv, self.heads, self.gated = rows_contiguous(qkv), num_heads, gated
+        super().__init__(qkv, 3 + gated, num_heads)
+        self.gated = gated
         self.rotary = rotary.to(torch.float32).contiguous()
         self.addend = None if addend is None else rows_contiguous(addend)
-        self.batch, self.height, self.width, packed = qkv.shape
-        self.channels = packed // (3 + gated)
-        self.dim = self.channels // num_heads
-        self.problems = self.batch * num_heads
         self.block_d = max(32, next_power_of_2(self.dim))
         self.block_n = block_n(qkv, self.block_d)
-        tokens = self.height * self.width
-        self.split = split_tokens(qkv, self.problems, tokens, self.block_n)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Programs of a pass over the tokens."""
-        return self.problems, self.split.parts
+        self.share_out(self.block_n)
 
     @property
     def scale(self) -> float:
         """The factor of the scores of the keys."""
         return self.dim**-0.5
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Of the map, its heads, and the tokens of a program."""
-        return self.height, self.width, self.heads, self.split.chunk
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -86,14 +72,6 @@ class _Call:
         tiles = {**self.tiles, "PRECISION": input_precision(self.qkv)}
         return tiles | {"BLOCK_N": min(most, self.block_n)}
 
-    def empty(self, *shape: int) -> Tensor:
-        """Sums of every image and head, `(B * heads, *shape)`, in float32."""
-        return self.qkv.new_empty((self.problems, *shape), dtype=torch.float32)
-
-    def parts(self, *shape: int) -> Tensor:
-        """The same of every part of the tokens."""
-        return self.qkv.new_empty((*self.grid[::-1], *shape), dtype=torch.float32)
-
 
 def block_n(qkv: Tensor, block_d: int) -> int:
     """Tokens of a tile of heads of up to `block_d` channels."""
@@ -103,23 +81,18 @@ def block_n(qkv: Tensor, block_d: int) -> int:
     return 64 if block_d <= 64 else 32
 
 
-def _summed(parts: Tensor) -> Tensor:
-    """The sum over the parts."""
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
-
-
 def _mean(call: _Call) -> Tensor:
     """The mean of phi of the queries, `(B * heads, D)`."""
-    means = call.parts(call.dim)
+    means = call.empty_parts(call.dim)
     rank_augmented_mean_kernel[call.grid](
         call.qkv, means, *call.qkv.stride()[:3], *call.sizes, **call.tiles
     )
-    return _summed(means)
+    return add_parts(means)
 
 
 def _state(call: _Call, mean: Tensor) -> tuple[Tensor, Tensor]:
     """S over c `(B * heads, D + 1, D)`, and the logarithm of what their softmax sums to."""
-    states, lses = call.parts(call.dim + 1, call.dim), call.parts()
+    states, lses = call.empty_parts(call.dim + 1, call.dim), call.empty_parts()
     rank_augmented_state_kernel[call.grid](
         call.qkv, call.rotary, mean, states, lses,
         *call.qkv.stride()[:3], *call.sizes, call.span, call.scale, call.channels,
@@ -184,18 +157,18 @@ def backward(
         grad_addend = torch.empty(addend.shape, dtype=addend.dtype, device=qkv.device)
     strides = call.strides
     with torch.cuda.device_of(qkv):
-        states, means = call.parts(call.dim + 1, call.dim), call.parts(call.dim)
+        states, means = call.empty_parts(call.dim + 1, call.dim), call.empty_parts(call.dim)
         rank_augmented_bwd_state_kernel[call.grid](
             grad, call.qkv, call.rotary, call.addend, state, states, grad_qkv, grad_addend,
             *strides, *call.sizes, call.span, call.channels, gated, **call.products(32),
         )  # fmt: skip
         rank_augmented_bwd_kv_kernel[call.grid](
-            call.qkv, call.rotary, mean, lse, state, _summed(states), means, grad_qkv,
+            call.qkv, call.rotary, mean, lse, state, add_parts(states), means, grad_qkv,
             *strides[:3], *call.sizes, call.span, call.scale, call.channels, gated,
             **call.products(),
         )  # fmt: skip
         rank_augmented_bwd_q_kernel[call.grid](
-            grad, call.qkv, call.rotary, state, _summed(means), grad_qkv,
+            grad, call.qkv, call.rotary, state, add_parts(means), grad_qkv,
             *strides[:3], *call.sizes, call.span, call.channels, gated, **call.products(),
         )  # fmt: skip
     return grad_qkv, qkv.new_empty(0) if grad_addend is None else grad_addend
