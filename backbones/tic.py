@@ -42,6 +42,7 @@ from ._builder import build_model
 from ._registry import register_model
 from .layers import ChannelsLastStage, NeighborhoodAttention
 from .layers.fold import fold_layer_norm
+from .layers.strided import OverlappingPool2d
 
 __all__ = ["TiC"]
 
@@ -121,10 +122,7 @@ class Downsample(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if pool == "max":
-            self.pool: nn.Module = nn.MaxPool2d(3, 2, 1)
-        else:
-            self.pool = nn.AvgPool2d(3, 2, 1, count_include_pad=False)
+        self.pool = OverlappingPool2d(average=pool == "avg")
         self.norm = LayerNorm(in_dim, eps=_EPS, **dd)
         self.proj = nn.Linear(in_dim, dim, **dd)
 

@@ -175,3 +175,52 @@ class AvgPool2dCeil(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, C, H, W)`, return `(B, C, ceil(H / 2), ceil(W / 2))`."""
         return avg_pool2d_ceil(x)
+
+
+def _pool(x: Tensor, average: bool, stride: int) -> Tensor:
+    if average:
+        return F.avg_pool2d(x, 3, stride, 1, False, False)
+    return F.max_pool2d(x, 3, stride, 1)
+
+
+@torch.fx.wrap
+def pool2d_overlapping(x: Tensor, average: bool) -> Tensor:
+    """Pool windows of 3x3 pixels around every second one; what is outside the map does not count.
+
+    Args:
+        x: Map `(B, C, H, W)`.
+        average: Take the mean, else the maximum.
+
+    Returns:
+        A map `(B, C, ceil(H / 2), ceil(W / 2))`.
+    """
+    if torch.jit.is_scripting():
+        return _pool(x, average, 2)
+    else:
+        if torch.compiler.is_compiling():
+            # stride 2 asks whether sizes are even in some versions, as slices of odd maps do
+            x = F.pad(_pool(x, average, 1), (0, 1, 0, 1))
+            return x[:, :, :-1:2, :-1:2]
+        return _pool(x, average, 2)
+
+
+class OverlappingPool2d(nn.Module):
+    """Halve a map by pooling 3x3 windows, rounding odd sizes up (see `pool2d_overlapping`).
+
+    Args:
+        average: Take means, else maxima.
+    """
+
+    __constants__ = ("average",)
+
+    def __init__(self, average: bool = False) -> None:
+        super().__init__()
+        self.average = average
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take a map `(B, C, H, W)`, return `(B, C, ceil(H / 2), ceil(W / 2))`."""
+        return pool2d_overlapping(x, self.average)
+
+    def extra_repr(self) -> str:
+        """Show the kind when the model is printed."""
+        return f"average={self.average}"
