@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ class MSAConv2d(nn.Module):
     One head attends with all channels; slots of a window outside the map have score and value 0.
     The convolution has no bias and no dilation. The official state dict loads as it is.
 
-    In training, and only if `attn_drop` is not 0, the weights of all windows are dropped at random.
-    That needs copies of all windows, `kernel_size ** 2` times the keys and the values, in plain
-    PyTorch; `attn_drop=0` trains on the fused op, whose memory does not depend on the window.
+    In training, and only if `attn_drop` is not 0, weights of the windows are dropped at random.
+    That runs in plain PyTorch and keeps `kernel_size ** 2` weights of every pixel; `attn_drop=0`
+    trains on the fused op, whose memory does not depend on the window.
 
     Args:
         in_channels: Input channels.
@@ -89,18 +90,26 @@ class MSAConv2d(nn.Module):
         return out.permute(0, 3, 1, 2)
 
     def _attend_dropping(self, qkv: Tensor) -> Tensor:
-        """The same with dropout, by copies of all windows."""
-        height, width = qkv.shape[2], qkv.shape[3]
+        """The same with dropout, slot by slot: weights `(B, slots, H, W)` are kept, windows not."""
         q, k, v = qkv.chunk(3, dim=1)
-        scores = (q.flatten(2).unsqueeze(2) * self._windows(k)).sum(1) * q.shape[1] ** -0.5
-        weights = F.dropout(scores.softmax(dim=1), self.attn_drop)
-        return (self._windows(v) * weights.unsqueeze(1)).sum(2).unflatten(2, [height, width])
+        q = q * q.shape[1] ** -0.5
+        scores = torch.stack([(q * key).sum(1) for key in self._slots(k)], dim=1)
+        weights = F.dropout(scores.softmax(dim=1), self.attn_drop).unbind(1)
+        out = torch.zeros_like(q)
+        for weight, value in zip(weights, self._slots(v)):  # noqa: B905
+            out = out + weight.unsqueeze(1) * value
+        return out
 
-    def _windows(self, x: Tensor) -> Tensor:
-        """Windows `(B, C, slots, H * W)` of a map `(B, C, H, W)`."""
-        padding = self.dilation * (self.kernel_size // 2)
-        columns = F.unfold(x, self.kernel_size, self.dilation, padding)
-        return columns.unflatten(1, [x.shape[1], self.kernel_size * self.kernel_size])
+    def _slots(self, x: Tensor) -> list[Tensor]:
+        """What every slot of the windows sees of a map: views `(B, C, H, W)` of it, padded."""
+        size, step, height, width = self.kernel_size, self.dilation, x.shape[2], x.shape[3]
+        reach = step * (size // 2)
+        x = F.pad(x, (reach, reach, reach, reach))
+        found: list[Tensor] = []
+        for top in range(0, size * step, step):
+            for left in range(0, size * step, step):
+                found.append(x[:, :, top : top + height, left : left + width])
+        return found
 
     def extra_repr(self) -> str:
         """Show the windows when the model is printed."""

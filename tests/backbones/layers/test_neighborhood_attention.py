@@ -48,7 +48,7 @@ def test_dropout_drops_weights_in_training_only():
     wanted = expected(x)
     plain = official(case, attn_drop=0.0).train()
     assert torch.equal(plain(x), wanted)
-    # too rare to happen: what is left is the path by copies of all windows
+    # too rare to happen: what is left is the path slot by slot
     rare = official(case, attn_drop=1e-12).train()
     assert relative_error(rare(x), wanted) < 1e-12
     layer = official(case, attn_drop=0.5).train()
@@ -64,6 +64,22 @@ def test_training_with_dropout_has_gradients():
     layer, x = official(CASES[0]).train(), golden.image(CASES[0]["input_shape"])
     layer(x.requires_grad_()).sum().backward()
     assert all(t.grad.isfinite().all() and t.grad.any() for t in (x, *layer.parameters()))
+
+
+def test_training_with_dropout_keeps_no_windows():
+    dim, slots, x = 64, 49, golden.image((1, 64, 20, 20)).requires_grad_()
+    layer, kept = MSAConv2d(dim, dim, 7).double().train(), {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    kept_numbers = sum(t.untyped_storage().nbytes() // 8 for t in kept.values())
+    # few maps, the larger ones with the zeros around them, and a few weights of every slot
+    assert kept_numbers < 15 * dim * 20 * 20 + 5 * slots * 20 * 20
+    assert kept_numbers < dim * slots * 20 * 20 / 2
 
 
 @pytest.mark.parametrize("layer", [MSAConv2d, NeighborhoodAttention])
