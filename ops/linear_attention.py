@@ -192,10 +192,11 @@ def linear_attention(qkv: Tensor, temperature: Tensor, min_denominator: float = 
     Numerics:
         float32, bfloat16 or float16 by Triton kernels on a GPU; float64, and all types on a CPU,
         by PyTorch. `S`, `z` and denominators are summed and kept in float32; for products the
-        kernels round `S` to the type of `qkv`, in float16 in units of its largest element. Under
-        autocast `qkv` is cast to its type first; `temperature` is not. float32 products follow
-        `torch.set_float32_matmul_precision`. The backward pass needs the arguments and `S` over
-        `z`, `(B, heads, D + 1, D)` in float32, which are written only if a gradient is required.
+        kernels round `S` to the type of `qkv`, in float16 in units of its largest element, and add
+        the product with what was rounded off for the gradient of queries, most of which cancels.
+        Under autocast `qkv` is cast to its type first; `temperature` is not. float32 products
+        follow `torch.set_float32_matmul_precision`. The backward pass needs the arguments and `S`
+        over `z`, `(B, heads, D + 1, D)` in float32, written only if a gradient is required.
 
     Gradients:
         For `qkv` and `temperature`, deterministic, once differentiable. It passes a denominator

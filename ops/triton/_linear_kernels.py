@@ -40,6 +40,13 @@ def store_state(ptr, matrix, vector, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def fit_twice(tile, DTYPE: tl.constexpr):
+    """`fit`, and what it rounds off in the same type and unit."""
+    high, unit = fit(tile, DTYPE)
+    return high, (tile / unit - high.to(tl.float32)).to(DTYPE), unit
+
+
+@triton.jit
 def denominators(queries, vector, least):
     """Denominators of queries after relu, and what they would be without a bound."""
     raw = tl.sum(queries * vector[None, :], 1)
@@ -127,7 +134,7 @@ def pass_queries(
     """Write gradients of queries; return those of S, over the temperature, and of z."""
     dtype: tl.constexpr = qkv.dtype.element_ty
     matrix, vector = load_state(state + tl.cast(problem, tl.int64) * (D + 1) * D, D, BLOCK_D)
-    matrix, unit = fit(matrix, dtype)
+    matrix, rest, unit = fit_twice(matrix, dtype)
     factor = tl.load(temperature + problem % heads).to(tl.float32) * unit
     total = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -138,7 +145,11 @@ def pass_queries(
         q = relu(load_tokens(qkv, None, start, tokens, inside, D, BLOCK_D))
         g = load_tokens(grad, None, start, pixels * C, inside, D, BLOCK_D)
         den, raw = denominators(q, vector, least)
-        u = tl.dot(g, tl.trans(matrix), input_precision=PRECISION) * (factor / den)[:, None]
+        u = tl.dot(g, tl.trans(matrix), input_precision=PRECISION)
+        if not dtype.is_fp32():
+            # most of u cancels where values have a mean: it needs all digits
+            u += tl.dot(g, tl.trans(rest), input_precision=PRECISION)
+        u *= (factor / den)[:, None]
         dden = tl.where(raw >= least, -tl.sum(q * u, 1) / den, 0.0)
         sums += dden[:, None] * q
         dq = tl.where(q <= 0, 0.0, u + dden[:, None] * vector[None, :])

@@ -178,6 +178,19 @@ def test_sums_may_leave_the_range_of_float16(launcher, size):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("size", [(1, 40, 50), (2, 20, 25)], ids=str)
+def test_gradients_of_queries_survive_values_with_a_mean(launcher, size):
+    """They are what remains of S and z times the mean, where rounded S would leave its errors."""
+    call = Call(size)
+    qkv, temperature = (leaf.detach() for leaf in call.leaves(torch.float16))
+    qkv[..., 64:] += 2
+    leaves = [qkv.requires_grad_(), temperature.requires_grad_()]
+    _, grad, _ = kernels(call, leaves, call.weight(torch.float16))
+    _, expected, _ = exact(call, leaves, call.weight(torch.float16))
+    assert error(grad[..., :32], expected[..., :32]) < 1e-3
+
+
+@needs_interpreter
 @pytest.mark.parametrize("call", [CALLS[3], CALLS[7]], ids=lambda call: call.name)
 def test_deterministic(launcher, call):
     leaves, weight = call.leaves(torch.float32), call.weight(torch.float32)
