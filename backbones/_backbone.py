@@ -1,5 +1,6 @@
 """What every family shares: input check, stages, intermediate features, pruning."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from timm.layers import (
     NormMlpClassifierHead,
     SelectAdaptivePool2d,
     to_2tuple,
+    trunc_normal_,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -305,6 +307,31 @@ def check_pool(global_pool: str) -> None:
     """Raise ValueError if a pooling changes the number of channels."""
     if SelectAdaptivePool2d(pool_type=global_pool).feat_mult() != 1:
         raise ValueError(f"global_pool={global_pool!r} changes the width: use 'avg' or 'max'")
+
+
+def check_stages(dims: Sequence[int], depths: Sequence[int], heads: Sequence[int]) -> None:
+    """Raise ValueError unless stages have one width, depth and number of heads that fit.
+
+    Args:
+        dims: Width of every stage.
+        depths: Its blocks.
+        heads: Its heads.
+    """
+    if not len(dims) == len(depths) == len(heads):
+        raise ValueError(
+            f"embed_dims={dims}, depths={depths} and num_heads={heads} must be of equal length"
+        )
+    for dim, count in zip(dims, heads, strict=True):
+        if count < 1 or dim % count:
+            raise ValueError(f"embed_dims={dims} must be multiples of num_heads={heads}")
+
+
+def init_truncated(module: nn.Module) -> None:
+    """Initialize a linear layer or a convolution: weights normal, cut off, biases zero."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _fuse_children(module: nn.Module) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from backbones.pretrained import convert_state_dict
 from backbones.pretrained.davit import WEIGHTS
 
-from ._backbone import HeadedBackbone, check_pool
+from ._backbone import HeadedBackbone, check_pool, check_stages
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import (
@@ -147,7 +147,7 @@ class DaViT(HeadedBackbone):
     ) -> None:
         super().__init__(in_chans, num_classes)
         dd = {"device": device, "dtype": dtype}
-        _check_stages(embed_dims, depths, num_heads)
+        check_stages(embed_dims, depths, num_heads)
         _check_sizes(window_size, down_kernel_size)
         check_pool(global_pool)
         self.drop_rate = drop_rate
@@ -194,16 +194,6 @@ def _pair(
         for name, attention in attentions.items()
     }
     return nn.Sequential(OrderedDict(blocks)) if named else nn.Sequential(*blocks.values())
-
-
-def _check_stages(dims: Sequence[int], depths: Sequence[int], heads: Sequence[int]) -> None:
-    if not len(dims) == len(depths) == len(heads):
-        raise ValueError(
-            f"embed_dims={dims}, depths={depths} and num_heads={heads} must be of equal length"
-        )
-    for dim, count in zip(dims, heads, strict=True):
-        if count < 1 or dim % count:
-            raise ValueError(f"embed_dims={dims} must be multiples of num_heads={heads}")
 
 
 def _check_sizes(window_size: int, down_kernel_size: int) -> None:

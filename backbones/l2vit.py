@@ -22,14 +22,14 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from backbones.pretrained import WeightsError, convert_state_dict
 from backbones.pretrained.l2vit import WEIGHTS
 
-from ._backbone import HeadedBackbone, check_pool
+from ._backbone import HeadedBackbone, check_pool, check_stages, init_truncated
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import (
@@ -141,7 +141,9 @@ class L2ViT(HeadedBackbone):
     ) -> None:
         if pyramid not in _PYRAMIDS:
             raise ValueError(f"pyramid={pyramid!r} is none of {_PYRAMIDS}")
-        _check_stages(embed_dims, depths, num_heads, window_size)
+        check_stages(embed_dims, depths, num_heads)
+        if window_size < 1:
+            raise ValueError(f"window_size={window_size} must be positive")
         check_pool(global_pool)
         super().__init__(in_chans, 0 if pyramid else num_classes)
         dd = {"device": device, "dtype": dtype}
@@ -170,7 +172,7 @@ class L2ViT(HeadedBackbone):
         )
         self.num_features = self.head_hidden_size = in_dim
         self.head = ClassifierHead(in_dim, self.num_classes, global_pool, drop_rate, **dd)
-        self.apply(_init_weights)
+        self.apply(init_truncated)
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` at a quarter of their size, rounded up."""
@@ -274,27 +276,6 @@ def _downsample(in_dim: int, dim: int, stage: int, **dd: Any) -> nn.Module:
         return nn.Identity()
     layers = [("norm", _norm(in_dim, **dd)), ("conv", PatchConv2d(in_dim, dim, **dd))]
     return nn.Sequential(OrderedDict(layers))
-
-
-def _check_stages(
-    dims: Sequence[int], depths: Sequence[int], heads: Sequence[int], window_size: int
-) -> None:
-    if not len(dims) == len(depths) == len(heads):
-        raise ValueError(
-            f"embed_dims={dims}, depths={depths} and num_heads={heads} must be of equal length"
-        )
-    for dim, count in zip(dims, heads, strict=True):
-        if count < 1 or dim % count:
-            raise ValueError(f"embed_dims={dims} must be multiples of num_heads={heads}")
-    if window_size < 1:
-        raise ValueError(f"window_size={window_size} must be positive")
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from timm.models import PretrainedCfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from backbones.pretrained import WeightsError, convert_state_dict
 from backbones.pretrained.overlock import WEIGHTS
 
-from ._backbone import HeadedBackbone, check_pool
+from ._backbone import HeadedBackbone, check_pool, init_truncated
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import DilatedReparamConv, ProjectionHead
@@ -156,7 +156,7 @@ class OverLoCK(HeadedBackbone):
                 widths[3], num_classes, head_hidden_size, global_pool, drop_rate, bias=False, **dd
             )
             self.aux_head = AuxiliaryHead(dims[3], num_classes, **dd) if aux_head else None
-        self.apply(_init_weights)
+        self.apply(init_truncated)
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` at a quarter of their size, rounded up."""
@@ -417,13 +417,6 @@ def _check_stages(
             )
     if dims[0] % 2 or dims[3] % 4:
         raise ValueError(f"dims={dims}: the first must be even, the last a multiple of 4")
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerScale, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm, LayerScale, calculate_drop_path_rates
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.pretrained import convert_state_dict
 from backbones.pretrained.ravlt import WEIGHTS
 
-from ._backbone import HeadedBackbone, check_pool
+from ._backbone import HeadedBackbone, check_pool, init_truncated
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import (
@@ -192,7 +192,7 @@ class RAVLT(HeadedBackbone):
         self.head = ProjectionHead(
             in_dim, num_classes, head_hidden_size, global_pool, drop_rate, **dd
         )
-        self.apply(_init_weights)
+        self.apply(init_truncated)
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` at a quarter of their size, rounded up."""
@@ -221,13 +221,6 @@ def _check_stages(
     for dim, count in zip(dims, heads, strict=True):
         if count < 1 or dim % (4 * count):
             raise ValueError(f"embed_dims={dims} must be multiples of 4 * num_heads={heads}")
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -30,14 +30,13 @@ from timm.layers import (
     LayerNorm2d,
     Mlp,
     calculate_drop_path_rates,
-    trunc_normal_,
 )
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.pretrained import convert_state_dict
 
-from ._backbone import HeadedBackbone, check_pool
+from ._backbone import HeadedBackbone, check_pool, check_stages, init_truncated
 from ._builder import build_model
 from ._registry import register_model
 from .layers import ChannelsLastStage, NeighborhoodAttention
@@ -192,7 +191,7 @@ class TiC(HeadedBackbone):
     ) -> None:
         super().__init__(in_chans, num_classes)
         dd = {"device": device, "dtype": dtype}
-        _check_stages(embed_dims, depths, num_heads)
+        check_stages(embed_dims, depths, num_heads)
         _check_choice("shift", shift, _SHIFTS)
         _check_choice("pool", pool, _POOLS)
         check_pool(global_pool)
@@ -216,7 +215,7 @@ class TiC(HeadedBackbone):
         self.norm = LayerNorm2d(in_dim, eps=_EPS, **dd)
         self.num_features = self.head_hidden_size = in_dim
         self.head = ClassifierHead(in_dim, num_classes, global_pool, drop_rate, **dd)
-        self.apply(_init_weights)
+        self.apply(init_truncated)
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` at a quarter of their size, rounded up."""
@@ -260,26 +259,9 @@ def _windows(
             yield dilation, tuple((step * y, step * x) for y, x in directions)
 
 
-def _check_stages(dims: Sequence[int], depths: Sequence[int], heads: Sequence[int]) -> None:
-    if not len(dims) == len(depths) == len(heads):
-        raise ValueError(
-            f"embed_dims={dims}, depths={depths} and num_heads={heads} must be of equal length"
-        )
-    for dim, count in zip(dims, heads, strict=True):
-        if count < 1 or dim % count:
-            raise ValueError(f"embed_dims={dims} must be multiples of num_heads={heads}")
-
-
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {choices}")
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
