@@ -24,7 +24,6 @@ class NeighborhoodCase(Case):
     Attributes:
         heads: Number of heads.
         size: Rows, and columns, of a window.
-        dilation: Distance of its rows, and of its columns.
         clamp: Windows are shifted inside the map, as NATTEN's are; else zeros surround it.
         shifts: Pairs that the heads use in turn.
     """
@@ -33,7 +32,6 @@ class NeighborhoodCase(Case):
 
     heads: int
     size: int = 7
-    dilation: int = 1
     clamp: bool = False
     shifts: tuple[Pair, ...] = ()
 
@@ -56,7 +54,6 @@ class NeighborhoodCase(Case):
             ops.neighborhood_attention_reference if reference else ops.neighborhood_attention,
             num_heads=self.heads,
             kernel_size=self.size,
-            dilation=self.dilation,
             boundary="clamp" if self.clamp else "zero",
             shifts=list(self.shifts),
         )
@@ -68,7 +65,7 @@ class NeighborhoodCase(Case):
         qkv = self.tensors("meta")["qkv"]
         scale = (self.channels // self.heads) ** -0.5
         shifts = [number for shift in self.shifts for number in shift]
-        window = ((self.size, self.size), (self.dilation, self.dilation), scale, self.clamp, shifts)
+        window = ((self.size, self.size), (1, 1), scale, self.clamp, shifts)
         out, lse = launchers.forward(qkv, self.heads, *window)
         launchers.backward(torch.empty_like(out), qkv, out, lse, self.heads, *window)
 

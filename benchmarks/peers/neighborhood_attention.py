@@ -67,12 +67,10 @@ class Unfolded(Peer):
 
     def _windows(self, planes: Tensor) -> Tensor:
         """Copy the window of every pixel: `(B * heads, D, slots, H * W)`."""
-        size, dilation = self.case.size, self.case.dilation
+        size = self.case.size
         if self.case.clamp:
-            if dilation > 1:
-                raise NotImplementedError("clamped windows are unfolded without dilation only")
             return unfold_windows(planes, size).flatten(2, 3).transpose(2, 3)
-        columns = F.unfold(planes, size, dilation, padding=size // 2 * dilation)
+        columns = F.unfold(planes, size, padding=size // 2)
         return columns.unflatten(1, (planes.shape[1], -1))
 
 
@@ -147,10 +145,9 @@ def _seen(length: int, offsets: list[int], case: NeighborhoodCase) -> Tensor:
     """Which positions of an axis see which, for every shift: `(shifts, length, length)`."""
     position = torch.arange(length)
     if case.clamp:
-        slots = window_positions(length, case.size, case.dilation)
+        slots = window_positions(length, case.size)
     else:
-        steps = (torch.arange(case.size) - case.size // 2) * case.dilation
-        slots = position[:, None] + steps
+        slots = position[:, None] + torch.arange(case.size) - case.size // 2
     seen = (slots[:, :, None] == position).any(1)
     return torch.stack([seen.roll((n, n), (0, 1)) for n in offsets])
 
