@@ -21,12 +21,14 @@ class StoredFile:
         source: Where it came from, for messages.
         recorded: The SHA-256 it had at its source, or None if that is not known.
         cached: What to delete when the file is damaged; empty for a file that is the user's own.
+        revision: The commit of the hub's repository that it belongs to, or None.
     """
 
     path: Path
     source: str
     recorded: str | None = None
     cached: tuple[Path, ...] = ()
+    revision: str | None = None
 
 
 def verify(file: StoredFile, expected: str | None = None) -> str:
