@@ -1,15 +1,36 @@
-"""SHA-256 of weight files: neither their formats nor the hub's client compare a checksum."""
+"""Hashes of files: neither the formats of weights nor the hub's client compare a checksum."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
-from dataclasses import dataclass
+import uuid
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import WeightsError
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+# what is known of official files, written by `python -m backbones convert`
+RECORDS = Path(__file__).with_name("checksums.json")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of an official file since somebody had it.
+
+    Attributes:
+        sha256: Its hash, 64 hex digits.
+        size: Its length in bytes.
+        revision: The commit of the hub's repository that has it, 40 hex digits, or None.
+    """
+
+    sha256: str
+    size: int
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -19,7 +40,8 @@ class StoredFile:
     Attributes:
         path: The file.
         source: Where it came from, for messages.
-        recorded: The SHA-256 it had at its source, or None if that is not known.
+        recorded: The hash it had at its source, or None if that is not known: a SHA-256, or git's
+            SHA-1 of a small file of the hub.
         cached: What to delete when the file is damaged; empty for a file that is the user's own.
         revision: The commit of the hub's repository that it belongs to, or None.
     """
@@ -38,7 +60,7 @@ def verify(file: StoredFile, expected: str | None = None) -> str:
 
     Args:
         file: The file.
-        expected: SHA-256 that the user or the weight table asks for, or its first digits.
+        expected: SHA-256 that the user asks for or `checksums.json` has, or its first digits.
 
     Returns:
         The file's SHA-256.
@@ -47,19 +69,80 @@ def verify(file: StoredFile, expected: str | None = None) -> str:
         WeightsError: A hash differs; the message names both.
     """
     actual = sha256_of(file.path)
-    if file.recorded is not None and actual != file.recorded:
-        for path in file.cached:
-            path.unlink(missing_ok=True)
-        raise WeightsError(
-            f"{file.source} is damaged: its sha256 is {actual}, at its source it is "
-            f"{file.recorded}; it was deleted from the cache, load it again"
-        )
+    if file.recorded is not None:
+        _compare_with_source(file, actual)
     if not matches(actual, expected or ""):
         raise WeightsError(
             f"{file.source} is not the file asked for: its sha256 is {actual}, expected "
             f"{expected}; check the hash, and the revision or link"
         )
     return actual
+
+
+def _compare_with_source(file: StoredFile, sha256: str) -> None:
+    is_sha256 = SHA256.fullmatch(file.recorded or "")
+    kind, actual = ("sha256", sha256) if is_sha256 else ("git hash", _git_hash(file.path))
+    if actual == file.recorded:
+        return
+    for path in file.cached:
+        path.unlink(missing_ok=True)
+    raise WeightsError(
+        f"{file.source} is damaged: its {kind} is {actual}, at its source it is "
+        f"{file.recorded}; it was deleted from the cache, load it again"
+    )
+
+
+def recorded(key: str, path: Path | None = None) -> Record | None:
+    """What is known of an official file.
+
+    Args:
+        key: `hf-hub:org/repo/file`, a URL, or `converted:model.tag` for what
+            `python -m backbones convert` makes of it.
+        path: The file of records; by default `checksums.json` of the package.
+
+    Raises:
+        WeightsError: The file of records cannot be read.
+    """
+    found = _records(path or RECORDS).get(key)
+    return Record(**found) if found else None
+
+
+def record(key: str, value: Record, path: Path | None = None) -> None:
+    """Write down what is known of an official file.
+
+    Args:
+        key: As for `recorded`.
+        value: What is known now.
+        path: The file of records; by default `checksums.json` of the package.
+
+    Raises:
+        WeightsError: Another hash is recorded already; the message names both.
+        OSError: The file of records cannot be written.
+    """
+    path = path or RECORDS
+    records = _records(path)
+    known = records.get(key)
+    if known and known["sha256"] != value.sha256:
+        raise WeightsError(
+            f"{key} has changed: its sha256 is {value.sha256}, recorded in {path} is "
+            f"{known['sha256']}; if its authors replaced it, delete that entry"
+        )
+    records[key] = {name: v for name, v in asdict(value).items() if v is not None}
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(json.dumps(records, indent=2, sort_keys=True) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _records(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise WeightsError(f"cannot read {path}: {error}; mend or delete it") from error
 
 
 def sha256_of(path: Path) -> str:
@@ -83,3 +166,9 @@ def matches(sha256: str, expected: str) -> bool:
         expected: Any number of its first digits.
     """
     return sha256.startswith(expected.lower())
+
+
+def _git_hash(path: Path) -> str:
+    """The hash by which git, and so the hub's ETag, knows a small file: 40 hex digits."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\x00" % len(content) + content).hexdigest()
