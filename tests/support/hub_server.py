@@ -31,6 +31,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.support.hub_server_upload import UploadSide
+
 _ROOT = Path(__file__).resolve().parents[2]
 _LARGE = (".safetensors", ".bin", ".pth")
 _BODIES = {
@@ -143,7 +145,7 @@ class _Server(ThreadingHTTPServer):
         return ""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(UploadSide, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
 
@@ -151,9 +153,14 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
+        if self.path != "/_fail":
+            return self.upload()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.faults.append(Fault(**body))
-        self._json({})
+        return self._json({})
+
+    def _commit_of(self, folder: Path) -> str:
+        return _commit(folder)
 
     def do_HEAD(self) -> None:
         self._route()
