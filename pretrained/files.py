@@ -9,7 +9,7 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -18,13 +18,27 @@ from torch import Tensor
 
 from .errors import WeightsError, reason
 from .inert import stand_ins
-from .unwrap import holds_ema, unwrap
+from .unwrap import holds_ema, holds_plain, unwrap
 
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_TENSORS = 20_000
 _SAFETENSORS_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 _TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _DAMAGED = "the file is damaged: delete it and download it again"
+
+
+class Copy(NamedTuple):
+    """Weights as a file has them.
+
+    Attributes:
+        state_dict: Name -> tensor on the CPU.
+        ema: Whether they are the moving average.
+        both: Whether the file has the plain weights and the moving average.
+    """
+
+    state_dict: dict[str, Tensor]
+    ema: bool
+    both: bool
 
 
 def read_state_dict(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
@@ -44,19 +58,16 @@ def read_state_dict(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]
         WeightsError: The file is missing, of another kind, damaged, holds code, holds tensors that
             are not finite, or does not hold the copy that `ema` asks for. The message says which.
     """
-    return read_copy(Path(path), ema, prefer_ema=False)[0]
+    return read_copy(Path(path), ema, prefer_ema=False).state_dict
 
 
-def read_copy(path: Path, ema: bool, prefer_ema: bool) -> tuple[dict[str, Tensor], bool]:
+def read_copy(path: Path, ema: bool, prefer_ema: bool) -> Copy:
     """Read weights as `read_state_dict` does, and tell which copy of them it was.
 
     Args:
         path: The file.
         ema: Take the moving average of the weights.
         prefer_ema: Take it if there is one.
-
-    Returns:
-        Name -> tensor, and whether it is the moving average.
 
     Raises:
         WeightsError: As `read_state_dict`.
@@ -72,7 +83,7 @@ def read_copy(path: Path, ema: bool, prefer_ema: bool) -> tuple[dict[str, Tensor
         _check_tensors(state_dict)
     except WeightsError as error:
         raise WeightsError(f"cannot read {path}: {error}") from error.__cause__
-    return state_dict, ema
+    return Copy(state_dict, ema, both=holds_ema(checkpoint) and holds_plain(checkpoint))
 
 
 def check_file(path: Path) -> str:

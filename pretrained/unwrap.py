@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -50,8 +50,21 @@ def holds_ema(checkpoint: Any) -> bool:
     Args:
         checkpoint: A state dict, or a mapping that holds one.
     """
+    return _holds(checkpoint, _EMA)
+
+
+def holds_plain(checkpoint: Any) -> bool:
+    """Whether a checkpoint holds the weights themselves under a name, beside other things.
+
+    Args:
+        checkpoint: A state dict, or a mapping that holds one.
+    """
+    return _holds(checkpoint, _PLAIN)
+
+
+def _holds(checkpoint: Any, keys: Sequence[str]) -> bool:
     return isinstance(checkpoint, Mapping) and any(
-        isinstance(checkpoint.get(key), Mapping) for key in _EMA
+        isinstance(checkpoint.get(key), Mapping) for key in keys
     )
 
 
