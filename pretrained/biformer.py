@@ -19,7 +19,17 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from .table import Weights
+from .table import Paper, Weights
+
+PAPER = Paper(
+    title="BiFormer: Vision Transformer with Bi-Level Routing Attention",
+    authors=("Lei Zhu", "Xinjiang Wang", "Zhanghan Ke", "Wayne Zhang", "Rynson Lau"),
+    venue="CVPR",
+    year=2023,
+    arxiv="2303.08810",
+    code="https://github.com/rayleizhu/BiFormer",
+    code_license="mit",
+)
 
 _BN_EPS = 1e-5
 _NOTE = (
@@ -30,14 +40,17 @@ _NOTE = (
 )
 
 
-def _weights(model: str, share: str, **top1: float) -> Weights:
+def _weights(model: str, share: str, file: str = "best", **top1: float) -> Weights:
     return Weights(
         name=f"{model}.in1k",
         hub_id=None,
+        # the name in the authors' folder, or in the cache of their code
+        filename=f"{model}_{file}.pth",
         urls=(f"https://api.onedrive.com/v1.0/shares/s!{share}/root/content",),
+        wrapping="under `model`, in a whole training checkpoint with `model_ema` beside it",
         license="mit",
         top1=top1,
-        source="arXiv:2303.08810, https://github.com/rayleizhu/BiFormer",
+        paper=PAPER,
         note=_NOTE,
     )
 
@@ -47,7 +60,7 @@ WEIGHTS: tuple[Weights, ...] = (
     _weights("biformer_small", "AkBbczdRlZvChHDyM-x9KWRBZ832", paper=83.8, log=83.754),
     _weights("biformer_base", "AkBbczdRlZvChHI_XPhoadjaNxtO", paper=84.3),
     _weights("biformer_stl", "AkBbczdRlZvChSf-m7ujkvx9lIQ1", paper=82.7),
-    _weights("biformer_stl_nchw", "AkBbczdRlZvChWYrKbWbMgqd2Ai0", repository=82.7),
+    _weights("biformer_stl_nchw", "AkBbczdRlZvChWYrKbWbMgqd2Ai0", "in1k", repository=82.7),
 )
 
 _OURS = {

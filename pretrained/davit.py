@@ -14,22 +14,64 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .table import Weights
+from .table import Paper, Weights
+
+PAPER = Paper(
+    title="DaViT: Dual Attention Vision Transformers",
+    authors=(
+        "Mingyu Ding",
+        "Bin Xiao",
+        "Noel Codella",
+        "Ping Luo",
+        "Jingdong Wang",
+        "Lu Yuan",
+    ),
+    venue="ECCV",
+    year=2022,
+    arxiv="2204.03645",
+    code="https://github.com/dingmyu/davit",
+    code_license="mit",
+)
+_FLORENCE = Paper(
+    title="Florence-2: Advancing a Unified Representation for a Variety of Vision Tasks",
+    authors=(
+        "Bin Xiao",
+        "Haiping Wu",
+        "Weijian Xu",
+        "Xiyang Dai",
+        "Houdong Hu",
+        "Yumao Lu",
+        "Michael Zeng",
+        "Ce Liu",
+        "Lu Yuan",
+    ),
+    venue="CVPR",
+    year=2024,
+    arxiv="2311.06242",
+    code="https://huggingface.co/microsoft/Florence-2-base",
+    code_license="mit",
+)
 
 
 def _weights(model: str, paper: float, timm: float) -> Weights:
     return Weights(
         name=f"{model}.msft_in1k",
         hub_id=f"timm/{model}.msft_in1k",
+        wrapping="bare",
+        converted_from="the file that the readme of https://github.com/dingmyu/davit links",
         crop_pct=0.95,
         license="apache-2.0",
         top1={"paper": paper, "timm": timm},
-        source="arXiv:2204.03645, https://github.com/dingmyu/davit",
-        note="The authors' weights, in timm's copy; their own code crops to 0.9.",
+        paper=PAPER,
+        note=(
+            "The authors' own code crops to 0.9. The licence is that of timm's copy; the authors "
+            "state none apart from their code's."
+        ),
     )
 
 
@@ -38,13 +80,17 @@ def _florence(model: str, release: str) -> Weights:
         name=f"{model}.msft_florence2",
         hub_id=f"microsoft/{release}",
         filename="pytorch_model.bin",
+        wrapping="bare, with a whole language model; the image tower is `vision_tower.`",
         num_classes=0,
         input_size=(3, 768, 768),
         crop_pct=0.95,
         license="mit",
         top1={},
-        source=f"arXiv:2311.06242, https://huggingface.co/microsoft/{release}",
-        note="The image tower of a larger file, without classifier.",
+        paper=replace(_FLORENCE, code=f"https://huggingface.co/microsoft/{release}"),
+        note=(
+            "The image tower of a larger file, without classifier. The licence is that of the "
+            "release; timm's configuration says apache-2.0."
+        ),
     )
 
 

@@ -18,13 +18,23 @@ import torch
 from torch import Tensor
 
 from .errors import WeightsError
-from .table import Weights
+from .table import Paper, Weights
+
+PAPER = Paper(
+    title="The Linear Attention Resurrection in Vision Transformer",
+    authors=("Chuanyang Zheng",),
+    venue="",
+    year=2025,
+    arxiv="2501.16182",
+    code="https://github.com/ChuanyangZheng/L2ViT",
+    code_license="mit",
+)
 
 _RELEASE = "https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0"
 _CLASSES_22K = 21841
 _NOTE = (
     "The file could not be inspected when this was written: its hash and what it holds besides the "
-    "weights are not known."
+    "weights are not known. No licence is stated apart from the code's."
 )
 _NOTE_EMA = (
     f"{_NOTE} Its name says that the moving average is meant, which is what is loaded if it has "
@@ -39,15 +49,18 @@ def _weights(
     return Weights(
         name=name,
         hub_id=None,
+        filename=f"L2ViT-{file}.pth",
         urls=(f"{_RELEASE}/L2ViT-{file}.pth",),
         direct=True,
         prefer_ema=ema,
+        wrapping="under `model`, `model_ema` may be beside it: not seen",
         num_classes=num_classes,
         input_size=(3, size, size),
         crop_pct=0.875 if size < 384 else 1.0,
+        crop_mode="center" if size < 384 else "squash",
         license="mit",
         top1={} if top1 is None else {"repository": top1},
-        source="arXiv:2501.16182, https://github.com/ChuanyangZheng/L2ViT",
+        paper=PAPER,
         note=_NOTE_EMA if ema else _NOTE,
     )
 

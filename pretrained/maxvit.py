@@ -14,13 +14,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .table import IMAGENET_MEAN, IMAGENET_STD, Weights
+from .table import IMAGENET_MEAN, IMAGENET_STD, Paper, Weights
+
+PAPER = Paper(
+    title="MaxViT: Multi-Axis Vision Transformer",
+    authors=(
+        "Zhengzhong Tu",
+        "Hossein Talebi",
+        "Han Zhang",
+        "Feng Yang",
+        "Peyman Milanfar",
+        "Alan Bovik",
+        "Yinxiao Li",
+    ),
+    venue="ECCV",
+    year=2022,
+    arxiv="2204.01697",
+    code="https://github.com/google-research/maxvit",
+    code_license="apache-2.0",
+)
+# the same architecture, in timm's own variants, by timm's code
+_TIMM = replace(PAPER, code="https://github.com/huggingface/pytorch-image-models")
 
 _HALF = (0.5, 0.5, 0.5)
+_CHECKPOINTS = "https://console.cloud.google.com/storage/browser/gresearch/maxvit/ckpts"
+# tag -> folder of the official checkpoints
+_FOLDERS = {"in1k": "i1k", "in21k": "i21k_pt", "in21k_ft_in1k": "i21k_i1k"}
 
 
 def _weights(
@@ -36,18 +60,25 @@ def _weights(
     return Weights(
         name=name,
         hub_id=f"timm/{name}",
+        wrapping="bare",
+        converted_from=_checkpoint(name, size) if official else "",
         num_classes=num_classes,
         input_size=(3, size, size),
         crop_pct=crop_pct or (0.95 if size < 384 else 1.0),
+        crop_mode="center" if size < 384 else "squash",
         mean=IMAGENET_MEAN if imagenet else _HALF,
         std=IMAGENET_STD if imagenet else _HALF,
         license="apache-2.0",
         top1={k: v for k, v in (("paper", paper), ("timm", timm)) if v is not None},
-        source="arXiv:2204.01697, https://github.com/google-research/maxvit"
-        if official
-        else "https://github.com/huggingface/pytorch-image-models",
+        paper=PAPER if official else _TIMM,
         note="Ported from TensorFlow by timm." if official else "Trained by timm.",
     )
+
+
+def _checkpoint(name: str, size: int) -> str:
+    """Where the TensorFlow checkpoint lies that `maxvit_<width>_tf_<size>.<tag>` was made from."""
+    model, _, tag = name.partition(".")
+    return f"{_CHECKPOINTS}/maxvit{model.split('_')[1]}/{_FOLDERS[tag]}/{size}"
 
 
 _RW = "maxvit_rmlp_base_rw"
@@ -62,18 +93,18 @@ WEIGHTS: tuple[Weights, ...] = (
     _weights("maxvit_base_tf_224.in1k", 224, 84.884, 84.95, imagenet=True),
     _weights("maxvit_base_tf_224.in21k", 224, num_classes=21843),
     _weights("maxvit_base_tf_384.in1k", 384, 86.290, 86.34),
-    _weights("maxvit_base_tf_384.in21k_ft_in1k", 384, 87.930),
+    _weights("maxvit_base_tf_384.in21k_ft_in1k", 384, 87.930, 88.24),
     _weights("maxvit_base_tf_512.in1k", 512, 86.598, 86.66),
-    _weights("maxvit_base_tf_512.in21k_ft_in1k", 512, 88.214),
+    _weights("maxvit_base_tf_512.in21k_ft_in1k", 512, 88.214, 88.38),
     _weights("maxvit_large_tf_224.in1k", 224, 84.938, 85.17, imagenet=True),
     _weights("maxvit_large_tf_224.in21k", 224, num_classes=21843),
     _weights("maxvit_large_tf_384.in1k", 384, 86.242, 86.40),
-    _weights("maxvit_large_tf_384.in21k_ft_in1k", 384, 87.994),
+    _weights("maxvit_large_tf_384.in21k_ft_in1k", 384, 87.994, 88.32),
     _weights("maxvit_large_tf_512.in1k", 512, 86.534, 86.70),
-    _weights("maxvit_large_tf_512.in21k_ft_in1k", 512, 88.236),
+    _weights("maxvit_large_tf_512.in21k_ft_in1k", 512, 88.236, 88.46),
     _weights("maxvit_xlarge_tf_224.in21k", 224, num_classes=21843),
-    _weights("maxvit_xlarge_tf_384.in21k_ft_in1k", 384, 88.302),
-    _weights("maxvit_xlarge_tf_512.in21k_ft_in1k", 512, 88.540),
+    _weights("maxvit_xlarge_tf_384.in21k_ft_in1k", 384, 88.302, 88.51),
+    _weights("maxvit_xlarge_tf_512.in21k_ft_in1k", 512, 88.540, 88.70),
     _weights("maxvit_nano_rw_256.sw_in1k", 256, 82.934),
     _weights("maxvit_tiny_rw_224.sw_in1k", 224, 83.522),
     _weights("maxvit_rmlp_pico_rw_256.sw_in1k", 256, 80.550),

@@ -3,7 +3,9 @@
 Source: Lou and Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing
 Dynamic Kernels", CVPR 2025, arXiv:2502.20087; https://github.com/LMMMEng/OverLoCK; weights are
 files of its release v1, in two forms: that which was trained (`in1k`) and that with merged large
-kernels (`reparam_in1k`).
+kernels (`reparam_in1k`). The release also has detectors (`maskrcnn1x_`, `maskrcnn3x_`) and
+segmenters (`upernet_`), of which `load_weights` keeps the backbone: that of a model with
+`pyramid="det"` or `"seg"`.
 
 The official code keeps linear layers as 1x1 convolutions, scales as `(C, 1, 1, 1)` and the vectors
 of global response norms as `(1, C, 1, 1)`. Ours are linear layers and vectors.
@@ -16,26 +18,41 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .table import Weights
+from .table import Paper, Weights
+
+PAPER = Paper(
+    title=(
+        "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels"
+    ),
+    authors=("Meng Lou", "Yizhou Yu"),
+    venue="CVPR",
+    year=2025,
+    arxiv="2502.20087",
+    code="https://github.com/LMMMEng/OverLoCK",
+    code_license="apache-2.0",
+)
 
 _RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"
 _NOTE = (
     "The file could not be inspected when this was written: its hash and what wraps the state dict "
-    "in it are not known. The accuracy is the authors', with their image size and crop."
+    "in it are not known. The accuracy is the authors', with their image size and crop. No licence "
+    "is stated apart from the code's."
 )
 
 
 def _weights(size: str, crop_pct: float, top1: float, reparam: bool) -> Weights:
-    suffix = "_reparam" if reparam else ""
+    file = f"overlock_{size}_in1k_224{'_reparam' if reparam else ''}.pth"
     return Weights(
         name=f"overlock_{size}.{'reparam_' if reparam else ''}in1k",
         hub_id=None,
-        urls=(f"{_RELEASE}/overlock_{size}_in1k_224{suffix}.pth",),
+        filename=file,
+        urls=(f"{_RELEASE}/{file}",),
         direct=True,
+        wrapping="bare or under `state_dict`: not seen",
         crop_pct=crop_pct,
         license="apache-2.0",
         top1={"repository": top1},
-        source="arXiv:2502.20087, https://github.com/LMMMEng/OverLoCK",
+        paper=PAPER,
         note=_NOTE,
     )
 

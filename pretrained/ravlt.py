@@ -2,6 +2,8 @@
 
 Source: Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", CVPR 2025,
 arXiv:2411.07635; https://github.com/qhfan/RALA; weights at https://huggingface.co/aldjalkdf/RAVLT.
+That repository also has detectors (`retinanet_`, `maskrcnn_`, `Casmaskrcnn_`) and segmenters
+(`fpn_`, `uper_`), of which `load_weights` keeps the backbone.
 
 The official code keeps linear layers as 1x1 convolutions, scales of branches as maps of one pixel,
 and rotation angles as buffers, which follow from the width of a head alone. Ours are linear layers,
@@ -16,7 +18,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .table import Weights
+from .table import Paper, Weights
+
+PAPER = Paper(
+    title="Breaking the Low-Rank Dilemma of Linear Attention",
+    authors=("Qihang Fan", "Huaibo Huang", "Ran He"),
+    venue="CVPR",
+    year=2025,
+    arxiv="2411.07635",
+    code="https://github.com/qhfan/RALA",
+    code_license="none",
+)
 
 
 def _weights(size: str, top1: float) -> Weights:
@@ -24,9 +36,10 @@ def _weights(size: str, top1: float) -> Weights:
         name=f"ravlt_{size}.in1k",
         hub_id="aldjalkdf/RAVLT",
         filename=f"RAVLT_{size.upper()}.pth",
+        wrapping="under `model`, `model_ema` may be beside it: not seen",
         license="mit",
         top1={"repository": top1},
-        source="arXiv:2411.07635, https://github.com/qhfan/RALA",
+        paper=PAPER,
         note=(
             "The accuracy is that of an earlier readme of the repository. "
             "The training script keeps the better of plain and averaged weights, so a file may "

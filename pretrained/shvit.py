@@ -1,7 +1,9 @@
 """SHViT: official weights and their tensor names.
 
 Source: Yun and Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
-CVPR 2024, arXiv:2401.16456; https://github.com/ysj9909/SHViT.
+CVPR 2024, arXiv:2401.16456; https://github.com/ysj9909/SHViT. The release also has two detectors
+(`retinanet_shvit_s4_1x_coco.pth`, `maskrcnn_shvit_s4_1x_coco.pth`), of which `load_weights` keeps
+the backbone.
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .table import Weights
+from .table import Paper, Weights
+
+PAPER = Paper(
+    title="SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
+    authors=("Seokju Yun", "Youngmin Ro"),
+    venue="CVPR",
+    year=2024,
+    arxiv="2401.16456",
+    code="https://github.com/ysj9909/SHViT",
+    code_license="mit",
+)
 
 _BN_EPS = 1e-5
 _HEAD = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "l.weight", "l.bias")
@@ -24,10 +36,12 @@ def _weights(model: str, paper: float, timm: float, size: int = 224) -> Weights:
         name=f"{model}.in1k",
         hub_id=f"timm/{model}.in1k",
         urls=(f"{_RELEASE}/{model}.pth",),
+        wrapping="bare",
+        converted_from=f"{_RELEASE}/{model}.pth",
         input_size=(3, size, size),
         license="mit",
         top1={"paper": paper, "timm": timm},
-        source="arXiv:2401.16456, https://github.com/ysj9909/SHViT",
+        paper=PAPER,
         note="Trained without distillation; the plain weights are published, not the EMA copy.",
     )
 

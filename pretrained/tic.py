@@ -10,7 +10,17 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .table import Weights
+from .table import Paper, Weights
+
+PAPER = Paper(
+    title="TiC: Exploring Vision Transformer in Convolution",
+    authors=("Song Zhang", "Qingzhong Wang", "Jiang Bian", "Haoyi Xiong"),
+    venue="",
+    year=2023,
+    arxiv="2310.04134",
+    code="https://github.com/zs670980918/MSA-Conv",
+    code_license="none",
+)
 
 WEIGHTS: tuple[Weights, ...] = ()
 
