@@ -32,8 +32,9 @@ PAPER = Paper(
 )
 
 _BN_EPS = 1e-5
+_DEAD = "https://github.com/rayleizhu/BiFormer/issues/53"
 _NOTE = (
-    "the authors' links are dead (https://github.com/rayleizhu/BiFormer/issues/53); their folder "
+    f"the authors' links are dead ({_DEAD}); their folder "
     "https://1drv.ms/u/s!AkBbczdRlZvChGsXFqAA-PVnA-R8?e=IPlOCG may still open in a browser: give "
     "the file that you got there or elsewhere, to timm.create_model as "
     'pretrained_cfg_overlay=dict(file="path/to/it.pth")'
@@ -47,6 +48,7 @@ def _weights(model: str, share: str, file: str = "best", **top1: float) -> Weigh
         # the name in the authors' folder, or in the cache of their code
         filename=f"{model}_{file}.pth",
         urls=(f"https://api.onedrive.com/v1.0/shares/s!{share}/root/content",),
+        dead_links=_DEAD,
         wrapping="under `model`, in a whole training checkpoint with `model_ema` beside it",
         license="mit",
         top1=top1,

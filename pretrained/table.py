@@ -57,15 +57,15 @@ class Paper:
 class Weights:
     """One official release of one `model.tag`: where it is, what it expects, what it reached.
 
+    The hashes of the files are in `checksums.json`.
+
     Attributes:
         name: `model.tag`, as timm writes it.
         hub_id: `org/repo` on the hub, or None if they are not there; unless `direct`, `note` says
             what to do then.
         filename: The file in that repository; without one, what the authors call the file.
-        revision: Commit of that repository (40 hex digits), or None while it is not known; the
-            hub's main branch is used then.
-        sha256: Hash of that file, or None while it is not known.
         urls: Where the authors released the same weights, under their own tensor names.
+        dead_links: Address of the report that `urls` work no more, if so.
         direct: Whether the first of `urls` is a file that can be downloaded, for want of a hub.
         prefer_ema: Whether the moving average of the weights is meant, should the file hold both.
         wrapping: How that file holds the state dict, as far as it is known.
@@ -89,9 +89,8 @@ class Weights:
     name: str
     hub_id: str | None
     filename: str = "model.safetensors"
-    revision: str | None = None
-    sha256: str | None = None
     urls: tuple[str, ...] = ()
+    dead_links: str = ""
     direct: bool = False
     prefer_ema: bool = False
     wrapping: str
@@ -129,4 +128,4 @@ class Weights:
             return self.urls[0]
         if self.hub_id is None:
             raise WeightsError(f"{self.name} cannot be downloaded: {self.note}")
-        return f"hf-hub:{self.hub_id}" + (f"@{self.revision}" if self.revision else "")
+        return f"hf-hub:{self.hub_id}"

@@ -6,7 +6,6 @@ import pytest
 import timm
 
 from backbones.pretrained import find_weights, maxvit, tic, weights_tables
-from backbones.pretrained.table import Paper, Weights
 
 ROWS = [row for table in weights_tables().values() for row in table]
 PLACES = {"paper", "timm", "repository", "log"}
@@ -15,7 +14,8 @@ PLACES = {"paper", "timm", "repository", "log"}
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_row_is_complete(row):
     assert timm.is_model(row.model)
-    assert row.hub_id or (row.direct and row.urls) or "dead" in row.note
+    assert bool(row.hub_id) + row.direct + bool(row.dead_links) == 1
+    assert row.hub_id or row.urls
     assert row.wrapping
     assert re.fullmatch(r"mit|apache-2\.0", row.license)
     assert set(row.top1) <= PLACES
@@ -92,25 +92,3 @@ def test_format_follows_from_the_name_of_the_file():
     assert formats["shvit_s1.in1k"] == "safetensors"
     assert formats["davit_base_fl.msft_florence2"] == formats["ravlt_t.in1k"] == "torch"
     assert {formats[row.name] for row in ROWS if row.hub_id is None} == {"torch"}
-
-
-def test_location_of_a_revision():
-    paper = Paper(
-        title="T",
-        authors=("A B",),
-        venue="",
-        year=2020,
-        arxiv="2001.00001",
-        code="",
-        code_license="",
-    )
-    row = Weights(
-        name="m.t",
-        hub_id="o/r",
-        revision="0" * 40,
-        wrapping="bare",
-        license="mit",
-        top1={},
-        paper=paper,
-    )
-    assert row.location == f"hf-hub:o/r@{'0' * 40}"
