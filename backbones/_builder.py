@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -9,12 +10,17 @@ import timm.models
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.pretrained import Weights, WeightsError, load_weights, weights_tables
+from backbones.pretrained import Weights, WeightsError, weights_tables
+from backbones.pretrained.load import Loaded, load
+
+from ._hub_config import check_model_args
 
 try:
     from timm.models._input import update_model_input_size
 except ImportError:  # timm < 1.0.31 keeps no record of what a model was built with
     update_model_input_size = None
+
+_logger = logging.getLogger("backbones")
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[dict[str, Any], nn.Module], dict[str, Tensor]]
@@ -80,18 +86,22 @@ def build_model(
         ValueError: An unknown tag.
     """
     cfg = _resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    _check_configured(cfg, kwargs)
     overlay = {}
     if pretrained and not cfg.state_dict:
         location, filename = _locate(variant, cfg)
         cache_dir = kwargs.get("cache_dir")
         convert = filter_fn
+        chosen = bool(kwargs.get("features_only")) or "num_classes" in kwargs
 
         def filter_fn(_: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-            weights = load_weights(location, filename=filename, cache_dir=cache_dir)
+            loaded = load(location, filename=filename, cache_dir=cache_dir)
             try:
-                return convert(weights, model)
+                weights = convert(loaded.state_dict, model)
+                _settle_classes(model, weights, loaded, cfg, chosen)
             except WeightsError as error:
-                raise WeightsError(f"{variant} from {location}: {error}") from error
+                raise WeightsError(f"{variant} from {loaded.source}: {error}") from error
+            return weights
 
         # timm passes an in-memory state dict to the filter unread: there our loader takes over
         overlay = {"state_dict": {location: filename}, "source": None}
@@ -124,26 +134,67 @@ def _resolve_cfg(
     return timm.models.resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
 
 
+def _check_configured(cfg: PretrainedCfg, kwargs: dict[str, Any]) -> None:
+    """Refuse what a configuration of the hub may not ask for, where timm read it."""
+    model_args = kwargs.get("pretrained_model_args")
+    if model_args and cfg.source in ("hf-hub", "local-dir"):
+        try:
+            check_model_args({k: v for k, v in model_args.items() if kwargs.get(k) == v})
+        except WeightsError as error:
+            raise WeightsError(f"cannot use {cfg.hf_hub_id or cfg.file}: {error}") from error
+
+
 def _locate(variant: str, cfg: PretrainedCfg) -> tuple[str, str | None]:
     """Where the weights of `cfg` lie, in the order of precedence that timm documents."""
     if cfg.file and cfg.source != "hf-hub":
         return str(cfg.file), None
+    for row in (row for table in weights_tables().values() for row in table):
+        url = row.urls[0] if row.direct else None
+        if row.name == f"{variant}.{cfg.tag}" and (row.hub_id, url) == (cfg.hf_hub_id, cfg.url):
+            # by name, so that mirrors and recorded hashes are looked at
+            return row.name, None
     if cfg.hf_hub_id:
         return f"hf-hub:{cfg.hf_hub_id}", cfg.hf_hub_filename
     if cfg.url:
         return cfg.url, None
-    raise WeightsError(f"{variant}: {_why_nowhere(f'{variant}.{cfg.tag}')}")
-
-
-def _why_nowhere(name: str) -> str:
-    """Why weights cannot be downloaded, and what to do."""
-    for row in (row for table in weights_tables().values() for row in table):
-        if row.name == name and row.hub_id is None:
-            return row.note
-    return (
-        "no pretrained weights are known; pass pretrained=False, or a file of your own as "
-        "pretrained_cfg_overlay=dict(file=...)"
+    raise WeightsError(
+        f"{variant}: no pretrained weights are known; pass pretrained=False, or a file of your "
+        "own as pretrained_cfg_overlay=dict(file=...)"
     )
+
+
+def _settle_classes(
+    model: nn.Module, weights: dict[str, Tensor], loaded: Loaded, cfg: PretrainedCfg, chosen: bool
+) -> None:
+    """Let timm drop the classifier of the weights only where another one was asked for.
+
+    timm compares the model's classes with those that the configuration says the weights have, so
+    that is made true first.
+    """
+    wanted, found = getattr(model, "num_classes", 0), _count_classes(model, weights)
+    if not wanted:
+        return
+    if cfg.source in ("hf-hub", "local-dir") and found != cfg.num_classes:
+        raise WeightsError(
+            f"its config.json says {cfg.num_classes} classes, but the weights have {found}; ask "
+            "its author to mend it"
+        )
+    if wanted != found:
+        text = f"the weights have {found or 'no'} classes, the model {wanted}"
+        if not chosen:
+            raise WeightsError(
+                f"{text}; pass num_classes={found}, or the number you want for a fresh classifier"
+            )
+        _logger.info("%s: %s; its classifier starts fresh", loaded.source, text)
+    model.pretrained_cfg["num_classes"] = found
+
+
+def _count_classes(model: nn.Module, weights: dict[str, Tensor]) -> int:
+    """Rows of the classifier in the weights; 0 without one."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    rows = [len(weights[f"{name}.weight"]) for name in names if f"{name}.weight" in weights]
+    return rows[0] if rows else 0
 
 
 def record_input_size(model: nn.Module, img_size: tuple[int, int], **model_args: Any) -> None:

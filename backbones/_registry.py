@@ -17,6 +17,10 @@ import timm
 import timm.models
 from torch import nn
 
+from backbones.pretrained import WeightsError
+
+from ._hub_config import HUB, LOCAL, read_config
+
 _logger = logging.getLogger("backbones")
 
 _families: dict[str, str] = {}
@@ -125,20 +129,46 @@ def list_models(family: str = "", pretrained: bool = False) -> list[str]:
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Create a model by name: `timm.create_model`, with an error that suggests what was meant.
 
+    The configuration of a model on the hub or in a folder is read as carefully as its weights: it
+    may choose the classes, the input and the like, but not how large the network is.
+
     Args:
         name: Any name that timm takes: `model`, `model.tag`, `hf-hub:...`, `local-dir:...`.
         pretrained: Load weights.
-        **kwargs: Passed on to `timm.create_model`.
+        **kwargs: Passed on to `timm.create_model`; they win over the configuration's.
 
     Returns:
         The model.
 
     Raises:
         ValueError: An unknown model or tag; the message names near ones.
+        WeightsError: A configuration or weights that cannot be found, fetched, trusted or used.
     """
-    if ":" not in name:
-        _check_name(name)
+    if name.startswith((HUB, LOCAL)):
+        return _create_configured(name, pretrained, kwargs)
+    _check_name(name)
     return timm.create_model(name, pretrained=pretrained, **kwargs)
+
+
+def _create_configured(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    config = read_config(name, _families, kwargs, kwargs.get("cache_dir"))
+    if config is None:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    try:
+        return timm.create_model(
+            config.architecture,
+            pretrained=pretrained,
+            pretrained_cfg=config.pretrained_cfg,
+            **{**config.model_args, **kwargs},
+        )
+    except TypeError as error:
+        wrong = [arg for arg in config.model_args if f"'{arg}'" in str(error)]
+        if not wrong:
+            raise
+        raise WeightsError(
+            f"cannot use {config.source}: {config.architecture} has no argument {wrong[0]!r} "
+            "(model_args); ask its author to mend it"
+        ) from error
 
 
 def _check_name(name: str) -> None:

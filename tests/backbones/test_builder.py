@@ -58,6 +58,54 @@ def test_other_classes_and_channels_are_adapted_by_timm(official):
     assert torch.equal(headless(x), full.forward_head(full.forward_features(x), True))
 
 
+def three_classes(official, folder, **kwargs) -> torch.nn.Module:
+    """A file whose classifier has three rows, while the model's tag says a thousand."""
+    weights = torch.load(official, weights_only=True)["model"]
+    weights |= {name: weights[name][:3] for name in ("head.l.weight", "head.l.bias")}
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "three.safetensors")
+    return create(str(folder / "three.safetensors"), **kwargs)
+
+
+def test_classes_of_the_file_are_kept_when_they_are_those_asked_for(official, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "backbones"):
+        model = three_classes(official, tmp_path, num_classes=3)
+    assert torch.equal(model.head.l.weight, create(official).head.l.weight[:3])
+    assert "fresh" not in caplog.text
+    assert model.pretrained_cfg["num_classes"] == 3
+
+
+def test_classifier_is_dropped_only_when_asked(official, tmp_path, caplog):
+    with pytest.raises(WeightsError, match=r"have 3 classes, the model 1000; pass num_classes=3"):
+        three_classes(official, tmp_path)
+    with caplog.at_level(logging.INFO, "backbones"):
+        model = three_classes(official, tmp_path, num_classes=7)
+    assert "have 3 classes, the model 7; its classifier starts fresh" in caplog.text
+    assert model.head.l.weight.shape == (7, 320)
+    assert three_classes(official, tmp_path, num_classes=0).num_classes == 0
+
+
+def test_file_without_classifier(official, tmp_path):
+    weights = torch.load(official, weights_only=True)["model"]
+    body = {k: v for k, v in weights.items() if not k.startswith("head.")}
+    save_file(body, tmp_path / "body.safetensors")
+    with pytest.raises(WeightsError, match="have no classes, the model 1000; pass num_classes=0"):
+        create(str(tmp_path / "body.safetensors"))
+    model = create(str(tmp_path / "body.safetensors"), num_classes=4)
+    assert torch.equal(model.patch_embed[0].c.weight, weights["patch_embed.0.c.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files(official, tmp_path, dtype):
+    weights = torch.load(official, weights_only=True)["model"]
+    half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    model = create(str(tmp_path / "half.safetensors"))
+    assert model.head.l.weight.dtype == torch.float32
+    assert torch.equal(model.head.l.weight, half["head.l.weight"].float())
+    model = create(str(tmp_path / "half.safetensors"), dtype=dtype)
+    assert model.head.l.weight.dtype == dtype
+
+
 def test_features_only(official):
     full, model = create(official), create(official, features_only=True)
     x = torch.randn(1, 3, 64, 64)

@@ -108,7 +108,7 @@ def test_organisation_that_cannot_be_reached_is_an_error(hub_calls):
     answers, calls = hub_calls
     answers["acme/shvit_s1.in1k"] = not_found(LocalEntryNotFoundError)
     answers["timm/shvit_s1.in1k"] = model(6)
-    with pytest.raises(WeightsError, match="cannot load acme/shvit_s1.in1k"):
+    with pytest.raises(WeightsError, match=r"cannot load acme/shvit_s1.in1k"):
         load_weights("shvit_s1.in1k")
     assert len(calls) == 1
 

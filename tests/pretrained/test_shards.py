@@ -52,7 +52,7 @@ def test_hash_is_of_all_shards(folder):
 
 def test_shard_that_is_missing(folder):
     (folder / next(iter(PARTS))).unlink()
-    with pytest.raises(WeightsError, match="00001-of-00002.safetensors: no such file, but its"):
+    with pytest.raises(WeightsError, match=r"00001-of-00002.safetensors: no such file, but its"):
         load_weights(folder)
 
 
@@ -75,7 +75,8 @@ def test_index_that_lies(folder, weight_map, message):
 
 
 def test_tensor_that_no_index_names(folder):
-    write(folder, {"a": list(PARTS)[0], "b": list(PARTS)[1]})
+    one, two = PARTS
+    write(folder, {"a": one, "b": two})
     with pytest.raises(WeightsError, match="c is not meant to be in model-00002"):
         load_weights(folder)
 
