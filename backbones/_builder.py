@@ -149,8 +149,9 @@ def _locate(variant: str, cfg: PretrainedCfg) -> tuple[str, str | None]:
     if cfg.file and cfg.source != "hf-hub":
         return str(cfg.file), None
     for row in (row for table in weights_tables().values() for row in table):
-        url = row.urls[0] if row.direct else None
-        if row.name == f"{variant}.{cfg.tag}" and (row.hub_id, url) == (cfg.hf_hub_id, cfg.url):
+        place = row.urls[0] if row.direct else row.hub_id
+        # timm prefers the hub to a URL, and writes some missing addresses as empty text
+        if row.name == f"{variant}.{cfg.tag}" and place == (cfg.hf_hub_id or cfg.url or None):
             # by name, so that mirrors and recorded hashes are looked at
             return row.name, None
     if cfg.hf_hub_id:

@@ -4,6 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
 import backbones
 from tests.support.process import ROOT, copy_checkout, python
@@ -24,6 +26,8 @@ if __name__ == "__main__":
     from backbones import training  # a later import
     tagged = torch.hub.load(checkout, "model", "shvit_s2.in1k", source="local", num_classes=0)
     assert type(tagged).__module__ == "backbones.shvit"
+    loaded = torch.hub.load(checkout, "shvit_s1", source="local", pretrained=True)
+    assert loaded.head.l.bias[3] == 42
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=work, args=(pickle.dumps(model), queue))
@@ -40,7 +44,11 @@ def checkout(tmp_path_factory) -> Path:
 
 def test_forward_later_imports_and_spawned_workers_after_the_load(checkout, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    run = python(tmp_path / "worker.py", checkout, cwd=tmp_path)
+    weights = timm.create_model("shvit_s1").state_dict()
+    weights["head.l.bias"][3] = 42
+    save_file(weights, tmp_path / "shvit_s1.in1k.safetensors")
+    environment = {"BACKBONES_WEIGHTS_DIR": str(tmp_path)}
+    run = python(tmp_path / "worker.py", checkout, cwd=tmp_path, environment=environment)
     assert run.returncode == 0, run.stderr
     file, classes = ast.literal_eval(run.stdout.splitlines()[-1])
     assert Path(file) == checkout / "backbones" / "__init__.py"

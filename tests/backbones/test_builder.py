@@ -1,5 +1,6 @@
 """Pretrained weights through `timm.create_model`, read by our loader only."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import backbones
-from backbones.pretrained import WeightsError
+from backbones._builder import _locate
+from backbones.pretrained import WeightsError, weights_tables
 from tests.support import golden
 
 
@@ -160,3 +162,17 @@ def test_create_model_passes_everything_on(official):
         "shvit_s1.in1k", True, pretrained_cfg_overlay={"file": official}, num_classes=2
     )
     assert model.num_classes == 2
+
+
+def test_official_weights_are_asked_for_by_name():
+    for row in (row for table in weights_tables().values() for row in table):
+        cfg = timm.models.get_pretrained_cfg(row.name)
+        assert _locate(row.model, cfg) == (row.name, None)
+
+
+def test_other_places_are_taken_as_they_are_given():
+    cfg = timm.models.get_pretrained_cfg("shvit_s1.in1k")
+    other = dataclasses.replace(cfg, hf_hub_id="acme/mine", hf_hub_filename="w.pth")
+    assert _locate("shvit_s1", other) == ("hf-hub:acme/mine", "w.pth")
+    other = dataclasses.replace(cfg, hf_hub_id=None, url="https://acme/w.pth")
+    assert _locate("shvit_s1", other) == ("https://acme/w.pth", None)
