@@ -47,10 +47,14 @@ def _cfg(row: Weights, family: dict[str, Any]) -> dict[str, Any]:
         "num_classes": row.num_classes,
         "input_size": row.input_size,
         "crop_pct": row.crop_pct,
+        "crop_mode": row.crop_mode,
         "interpolation": row.interpolation,
         "mean": row.mean,
         "std": row.std,
         "license": row.license,
+        "origin_url": row.paper.code,
+        "paper_name": row.paper.title,
+        "paper_ids": f"arXiv:{row.paper.arxiv}",
         **family,
     }
 
