@@ -140,7 +140,7 @@ def _of_weights(weights: Weights, model: Model) -> Facts:
         ("licence", catalog.license_name(weights.license)),
         ("top-1", ", ".join(f"{v} % {place}" for place, v in catalog.top1(weights).items())),
         *[fact for fact in own if fact not in same],
-        ("remarks", weights.note[0].upper() + weights.note[1:]),
+        ("remarks", catalog.sentence(weights.note)),
         *_of_copy(weights),
         *_loading(weights),
     ]

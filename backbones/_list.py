@@ -21,8 +21,6 @@ from .catalog import Model
 # where nothing says how wide a line may be, as in a pipe, lines are not broken
 _ENDLESS = 10_000
 _NUMBER = re.compile(r"[\d.]+( M)?|-")
-_MODELS = ("model", "parameters", "GMACs", "input")
-_WEIGHTS = ("weights", "classes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,11 +66,12 @@ def _models(arguments: argparse.Namespace) -> str:
     if arguments.json:
         return json.dumps([model_facts(model) for model in models], indent=2)
     if arguments.markdown:
+        header = ("model", "parameters", "GMACs", "input", "ImageNet-1k top-1", "weights")
         rows = [(f"`{m.name}`", *_costs(m), _best(m), _linked(m)) for m in models]
-        return markdown((*_MODELS, "ImageNet-1k top-1", "weights"), rows)
+        return markdown(header, rows)
     notes = Notes()
     rows = [(m.name, *_costs(m), _best(m), _tags(m, notes)) for m in models]
-    return _text((*_MODELS, "top-1", "weights"), rows, notes)
+    return _text(("model", "params", "GMACs", "input", "top-1", "weights"), rows, notes)
 
 
 def _weights(arguments: argparse.Namespace) -> str:
@@ -80,13 +79,14 @@ def _weights(arguments: argparse.Namespace) -> str:
     if arguments.json:
         return json.dumps([weights_facts(row) for row in rows], indent=2)
     if arguments.markdown:
-        header = (*_WEIGHTS, "ImageNet-1k top-1", "licence", "remarks")
+        header = ("weights", "classes", "ImageNet-1k top-1", "licence", "remarks")
         return markdown(
-            header, [(_named(r), _classes(r), _all(r), _terms(r), r.note) for r in rows]
+            header,
+            [(_named(r), _classes(r), _all(r), _terms(r), catalog.sentence(r.note)) for r in rows],
         )
     notes = Notes()
     cells = [(r.name, _classes(r), _first(r), _terms(r), _from(r, notes)) for r in rows]
-    return _text((*_WEIGHTS, "top-1", "licence", "from"), cells, notes)
+    return _text(("weights", "classes", "top-1", "licence", "from"), cells, notes)
 
 
 class Notes:
@@ -118,7 +118,7 @@ class Notes:
         for index, text in enumerate(self.texts, 1):
             mark = f"[{index}] "
             lines += textwrap.wrap(
-                text[0].upper() + text[1:],
+                catalog.sentence(text),
                 width,
                 initial_indent=mark,
                 subsequent_indent=" " * len(mark),

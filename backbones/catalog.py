@@ -244,6 +244,15 @@ def license_name(identifier: str) -> str:
     return _LICENSES[identifier]
 
 
+def sentence(text: str) -> str:
+    """A text with a capital at its start.
+
+    Args:
+        text: The text, not empty.
+    """
+    return text[0].upper() + text[1:]
+
+
 def _check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

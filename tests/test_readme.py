@@ -6,45 +6,26 @@ import pytest
 import timm
 import torch
 
-import backbones
-from backbones.pretrained import WeightsError, find_weights
-from tests.support import costs
+from backbones.__main__ import main
 from tests.support.process import ROOT
 
 README = (ROOT / "README.md").read_text()
-ROWS = re.findall(
-    r"^\| `(\w+)` \| ([\d.]+) M \| ([\d.]+) \| (\d+) \| ([\d.]+|-) \| (.*) \|$", README, re.M
-)
 # the one with an official file runs in tests/backbones/test_builder.py, which makes such a file
 BLOCKS = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "shvit_s1.pth" not in b]
 
 
-def test_every_model_has_a_row():
-    assert [row[0] for row in ROWS] == backbones.list_models()
+def test_table_of_models_is_what_the_command_prints(capsys):
+    table = re.search(
+        r"<!-- models: python -m backbones (.*) -->\n(.*)<!-- /models -->", README, re.S
+    )
+    assert main(table[1].split()) == 0
+    printed = capsys.readouterr().out
+    assert table[2] == printed, f"put the output of `python -m backbones {table[1]}` into README.md"
 
 
-@pytest.mark.parametrize("name, millions, macs, size, top1, link", ROWS)
-def test_row(name, millions, macs, size, top1, link):
-    model = timm.create_model(name, device="meta")
-    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == millions
-    input_size = model.pretrained_cfg["input_size"]
-    assert input_size == (3, int(size), int(size))
-    assert f"{costs.macs(name) / 1e9:.3f}" == macs
-    assert ("reconstruction" in link) == name.startswith("tic_")
-    if link == "-" or link.startswith("none: "):
-        with pytest.raises(WeightsError):
-            find_weights(name)
-        return
-    weights = find_weights(name)
-    known = [weights.top1[key] for key in ("paper", "timm", "repository") if key in weights.top1]
-    assert known[:1] == ([] if top1 == "-" else [float(top1)])
-    assert link.lower().endswith(f", {weights.license}")
-    if weights.hub_id is not None:
-        assert link.startswith(f"[`{weights.name}`](https://huggingface.co/{weights.hub_id}), ")
-    elif weights.urls and "links are dead" not in link:
-        assert link.startswith(f"[`{weights.name}`]({weights.urls[0]}), ")
-    else:
-        assert "links are dead" in link
+def test_reconstructions_say_so():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| - \| none: .*reconstruction.* \|$", README, re.M)
+    assert rows == ["tic_base", "tic_small", "tic_tiny"]
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -1,14 +1,16 @@
-"""Multiply-adds of registered models, counted once in a run of the tests."""
+"""Parameters and multiply-adds of registered models, counted once in a run of the tests."""
 
 from functools import cache
 
-import timm
-
-from backbones.ops import count_macs
+from backbones import catalog
 
 
 @cache
+def count(name: str) -> tuple[int, int]:
+    """Both, of a model as `timm.create_model` makes it, at its own image size."""
+    return catalog.count(name)
+
+
 def macs(name: str) -> int:
-    """Multiply-adds of a model as `timm.create_model` makes it, at its own image size."""
-    model = timm.create_model(name, device="meta")
-    return count_macs(model, model.pretrained_cfg["input_size"])
+    """Its multiply-adds alone."""
+    return count(name)[1]
