@@ -26,6 +26,7 @@ _FORMATS = {
     "safetensors": "safetensors",
     "torch": "a pickle of PyTorch, of which only tensors are read",
 }
+_AVERAGE = "the moving average of the weights, if the file has one"
 
 Facts = list[tuple[str, str]]
 
@@ -135,10 +136,11 @@ def _of_weights(weights: Weights, model: Model) -> Facts:
         *_of_images(Images.of(weights), weights.num_classes),
         *_of_paper(weights.paper),
     ]
+    top1 = ", ".join(f"{percent} % {place}" for place, percent in catalog.top1(weights).items())
     return [
         *_of_file(weights),
         ("licence", catalog.license_name(weights.license)),
-        ("top-1", ", ".join(f"{v} % {place}" for place, v in catalog.top1(weights).items())),
+        ("ImageNet-1k", f"top-1 {top1}" if top1 else ""),
         *[fact for fact in own if fact not in same],
         ("remarks", catalog.sentence(weights.note)),
         *_of_copy(weights),
@@ -148,19 +150,16 @@ def _of_weights(weights: Weights, model: Model) -> Facts:
 
 def _of_file(weights: Weights) -> Facts:
     dead = f"only as a file: the links are dead ({weights.dead_links})"
-    facts = [
+    known = (weights.converted_from, weights.urls[0] if weights.direct else "")
+    return [
         ("where", dead if weights.dead_links else weights.location),
         ("file", weights.filename),
         ("format", _FORMATS[weights.format]),
         ("state dict", weights.wrapping),
+        ("copy", _AVERAGE if weights.prefer_ema else ""),
+        ("released as", ", ".join(url for url in weights.urls if url not in known)),
+        ("converted from", weights.converted_from),
     ]
-    if weights.prefer_ema:
-        facts.append(("copy", "the moving average of the weights, if the file has one"))
-    if weights.urls and not weights.direct:
-        facts.append(("released as", ", ".join(weights.urls)))
-    if weights.converted_from:
-        facts.append(("converted from", weights.converted_from))
-    return facts
 
 
 def _of_copy(weights: Weights) -> Facts:
@@ -188,7 +187,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _lines(facts: Facts) -> list[str]:
-    """One fact a line, wrapped to the width of the terminal; code is left as it is."""
+    """One fact a line, wrapped to the width of the terminal; none for what is not known."""
     lines = []
     for label, text in facts:
         start = f"  {label:<{_LABEL}}  "

@@ -10,13 +10,12 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib import import_module
 
 import timm
 import timm.models
 
 from backbones.ops import count_macs
-from backbones.pretrained import Weights, weights_tables
+from backbones.pretrained import Weights, davit, maxvit, tic, weights_tables
 from backbones.pretrained.table import Paper
 
 from ._costs import COSTS
@@ -32,9 +31,9 @@ _PLACES = {
 _LICENSES = {"apache-2.0": "Apache-2.0", "mit": "MIT", "none": "none stated"}
 # why models that the table lacks have no weights
 _NO_WEIGHTS = {
-    "davit": "the authors never released them",
-    "maxvit": "timm has the configuration only",
-    "tic": "this is a reconstruction, no official model exists",
+    "davit": ("the authors never released them", davit.PAPER),
+    "maxvit": ("only a configuration of timm's exists", maxvit.TIMM_PAPER),
+    "tic": ("this is a reconstruction, no official model exists", tic.PAPER),
 }
 
 
@@ -171,7 +170,7 @@ def describe(name: str) -> Model:
     family = entry_point.__module__.rpartition(".")[2]
     cfg = timm.get_pretrained_cfg(name)
     rows = weights_of(name)
-    paper = rows[0].paper if rows else import_module(f"backbones.pretrained.{family}").PAPER
+    no_weights, paper = ("", rows[0].paper) if rows else _NO_WEIGHTS[family]
     parameters, macs = COSTS[name]
     return Model(
         name=name,
@@ -182,7 +181,7 @@ def describe(name: str) -> Model:
         num_classes=cfg.num_classes,
         images=Images.of(cfg),
         weights=rows,
-        no_weights="" if rows else _NO_WEIGHTS.get(family, "none are known"),
+        no_weights=no_weights,
         paper=paper,
     )
 

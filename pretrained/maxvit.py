@@ -39,7 +39,7 @@ PAPER = Paper(
     code_license="apache-2.0",
 )
 # the same architecture, in timm's own variants, by timm's code
-_TIMM = replace(PAPER, code="https://github.com/huggingface/pytorch-image-models")
+TIMM_PAPER = replace(PAPER, code="https://github.com/huggingface/pytorch-image-models")
 
 _HALF = (0.5, 0.5, 0.5)
 _CHECKPOINTS = "https://console.cloud.google.com/storage/browser/gresearch/maxvit/ckpts"
@@ -70,7 +70,7 @@ def _weights(
         std=IMAGENET_STD if imagenet else _HALF,
         license="apache-2.0",
         top1={k: v for k, v in (("paper", paper), ("timm", timm)) if v is not None},
-        paper=PAPER if official else _TIMM,
+        paper=PAPER if official else TIMM_PAPER,
         note="Ported from TensorFlow by timm." if official else "Trained by timm.",
     )
 

@@ -114,9 +114,11 @@ def test_why_there_are_no_weights():
         "davit_large",
     }
     assert why["davit_huge"] == "the authors never released them"
-    assert why["maxvit_pico_rw_256"] == "timm has the configuration only"
+    assert why["maxvit_pico_rw_256"] == "only a configuration of timm's exists"
     assert why["tic_tiny"] == "this is a reconstruction, no official model exists"
     assert len(why) == 3 + 4 + 3
+    # timm's own variants are of timm's code
+    assert catalog.describe("maxvit_pico_rw_256").paper.code.endswith("/pytorch-image-models")
 
 
 @pytest.mark.parametrize(

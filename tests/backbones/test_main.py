@@ -176,11 +176,11 @@ def test_info(run):
     assert model["normalisation"] == "mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
     assert "Zhengzhong Tu" in model["paper"] and "arXiv:2204.01697" in model["paper"]
     assert row["where"] == "hf-hub:timm/maxvit_base_tf_224.in1k"
-    assert row["top-1"] == "84.95 % in the paper, 84.884 % by timm"
+    assert row["ImageNet-1k"] == "top-1 84.95 % in the paper, 84.884 % by timm"
     # only what is not said of the model already
     assert "normalisation" not in row and "paper" not in row
     assert pretrain["normalisation"] == "mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
-    assert pretrain["classes"] == "21843" and "top-1" not in pretrain
+    assert pretrain["classes"] == "21843" and "ImageNet-1k" not in pretrain
     assert all(len(line) <= 100 or "://" in line for line in text.splitlines())
 
 
