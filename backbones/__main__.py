@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from backbones import __version__, _info, _list
-from backbones.pretrained import WeightsError
+from backbones import __version__, _info, _list, convert
+from backbones.pretrained import WeightsError, publish
 
 _EXAMPLES = """\
 examples:
@@ -16,6 +16,8 @@ examples:
   python -m backbones list 'shvit*'            those of one name
   python -m backbones list --pretrained        all official weights
   python -m backbones info shvit_s1            everything about a model
+  python -m backbones convert a.pth folder     weights as a folder that timm loads
+  python -m backbones publish folder acme/me   what would go to the hub; --push sends it
   python -m backbones COMMAND --help           the options of a command
 
 To train and to evaluate: train.py and validate.py. To see what a model attends to:
@@ -38,6 +40,8 @@ class Command(Protocol):
 _COMMANDS: dict[str, Command] = {
     "list": _list,
     "info": _info,
+    "convert": convert,
+    "publish": publish,
 }
 
 

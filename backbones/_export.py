@@ -88,6 +88,15 @@ def choose_model(loaded: Loaded, name: str | None) -> tuple[str, Weights | None]
     )
 
 
+def cfg_of(model: nn.Module) -> dict[str, Any]:
+    """timm's configuration of a model.
+
+    Args:
+        model: A model that timm built.
+    """
+    return model.pretrained_cfg  # type: ignore[return-value]
+
+
 def keys_of(weights: Weights) -> tuple[str, ...]:
     """What `checksums.json` calls the files of official weights.
 
@@ -121,7 +130,8 @@ def fit(state_dict: Mapping[str, Tensor], name: str, weights: Weights | None) ->
     model_args = _arguments(ours, plain)
     if weights is not None:
         _check_official(weights, plain, model_args)
-    model = create_model(full_name, device="meta", **model_args)
+    differs = any(getattr(plain, key, None) != value for key, value in model_args.items())
+    model = create_model(full_name, device="meta", **model_args) if differs else plain
     tensors = convert_state_dict(state_dict, model)
     assert not any(value.is_meta for value in tensors.values())
     renamed, computed, left_out = _compare(state_dict, ours, tensors, family)
@@ -138,7 +148,7 @@ def write_config(fitted: Fitted, weights: Weights | None, license: str, folder: 
         license: The licence of the weights.
         folder: Where to write.
     """
-    cfg = dict(fitted.model.pretrained_cfg)  # type: ignore[arg-type]
+    cfg = dict(cfg_of(fitted.model))
     if weights is None:
         # of the architecture's default weights, which these are not
         for key in ("tag", "description", "origin_url", "paper_name", "paper_ids", "notes"):
@@ -179,7 +189,7 @@ def _file_names(row: Weights) -> set[str]:
 
 def _arguments(ours: Mapping[str, Tensor], plain: nn.Module) -> dict[str, Any]:
     """Arguments of the model that has the form of the weights."""
-    cfg: dict[str, Any] = plain.pretrained_cfg  # type: ignore[assignment]
+    cfg = cfg_of(plain)
     heads = [f"{cfg['classifier']}.{leaf}" for leaf in ("weight", "bias")]
     classes = next((len(ours[name]) for name in heads if name in ours), 0)
     args: dict[str, Any] = {"num_classes": classes}

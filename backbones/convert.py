@@ -8,25 +8,22 @@ are for.
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import uuid
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from backbones.pretrained import FAMILIES, Weights, WeightsError
-from backbones.pretrained.card import UNKNOWN_LICENSE, Facts, model_card
+from backbones.pretrained import Weights, WeightsError
+from backbones.pretrained.card import UNKNOWN_LICENSE, model_card
 from backbones.pretrained.checksum import RECORDS, Record, record, sha256_of
 from backbones.pretrained.errors import reason
 from backbones.pretrained.load import Loaded, dtypes, load
-from backbones.pretrained.tic import PAPER as TIC
 
+from ._conversion import facts_of, summarize, which_copy
 from ._export import Fitted, check_loads, choose_model, fit, keys_of, write_config
 
 WEIGHTS_FILE = "model.safetensors"
@@ -87,13 +84,13 @@ class Conversion:
             "classes": self.num_classes,
             "bytes": self.size,
         }
-        names = {"computed": _summary(self.computed), "left out": _summary(self.left_out)}
+        names = {"computed": summarize(self.computed), "left out": summarize(self.left_out)}
         width = len(f"{self.size:,}")
         rows = {
             "model": self.name,
             "source": self.source,
             "its sha256": self.source_sha256,
-            "taken from it": _copy(self.ema, self.both),
+            "taken from it": which_copy(self.ema, self.both),
             **{k: f"{n:>{width},}  {names.get(k, '')}".rstrip() for k, n in counts.items()},
             "type": self.dtype,
             "licence": self.license,
@@ -250,7 +247,7 @@ def _write(
         _separate(fitted.tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"}
     )
     write_config(fitted, weights, license, folder)
-    card = model_card(_facts(loaded, fitted, weights, license))
+    card = model_card(facts_of(loaded, fitted, weights, license))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -263,33 +260,6 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     return separate
-
-
-def _facts(loaded: Loaded, fitted: Fitted, weights: Weights | None, license: str) -> Facts:
-    model, table = fitted.model, FAMILIES[fitted.family].WEIGHTS
-    cfg = model.pretrained_cfg
-    changes = {"Left out": fitted.left_out, "Made of others, or added": fitted.computed}
-    is_local = not loaded.source.startswith(("hf-hub:", "http://", "https://"))
-    return Facts(
-        model=cfg["architecture"],  # type: ignore[index]
-        family=fitted.family,
-        paper=weights.paper if weights else table[0].paper if table else TIC,
-        weights=weights,
-        license=license,
-        parameters=sum(value.numel() for value in model.parameters()),
-        num_classes=fitted.model_args["num_classes"],
-        input_size=tuple(cfg["input_size"]),  # type: ignore[index]
-        crop_pct=cfg["crop_pct"],  # type: ignore[index]
-        crop_mode=cfg["crop_mode"],  # type: ignore[index]
-        interpolation=cfg["interpolation"],  # type: ignore[index]
-        mean=tuple(cfg["mean"]),  # type: ignore[index]
-        std=tuple(cfg["std"]),  # type: ignore[index]
-        # where somebody keeps his files is nobody else's business
-        source=PurePath(loaded.source).name if is_local else loaded.source,
-        source_sha256=loaded.sha256,
-        copy=_copy(loaded.ema, loaded.both),
-        changes=tuple(f"{what}: {_summary(names)}" for what, names in changes.items() if names),
-    )
 
 
 def _record(loaded: Loaded, weights: Weights | None, written: Record, path: Path) -> str:
@@ -306,14 +276,3 @@ def _record(loaded: Loaded, weights: Weights | None, written: Record, path: Path
     except OSError as error:
         return f"nothing: {path} cannot be written ({reason(error, 100)})"
     return f"{' and '.join(dict(records))} in {path}"
-
-
-def _copy(ema: bool, both: bool) -> str:
-    taken = "the moving average of the weights" if ema else "the plain weights"
-    return f"{taken}; the file has {'both' if both else 'no other'}"
-
-
-def _summary(names: Iterable[str]) -> str:
-    """Names with `*` for numbers, and how often each occurs."""
-    counts = Counter(re.sub(r"\d+(?=\.)", "*", name) for name in names)
-    return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())

@@ -49,6 +49,7 @@ class Facts:
         weights: The official weights that these are, or None for anybody else's.
         license: Identifier of the licence of the weights, as the hub writes it.
         parameters: How many numbers the model learns.
+        macs: Multiply-adds of one image of the size below, or None if they were not counted.
         num_classes: Width of the classifier, 0 if there is none.
         input_size: Channels, height and width of images.
         crop_pct: Side of the crop over side of the resized image.
@@ -68,6 +69,7 @@ class Facts:
     weights: Weights | None
     license: str
     parameters: int
+    macs: int | None
     num_classes: int
     input_size: tuple[int, int, int]
     crop_pct: float
@@ -189,12 +191,13 @@ def _introduction(facts: Facts) -> str:
 
 def _details(facts: Facts) -> str:
     paper, (channels, height, width) = facts.paper, facts.input_size
+    macs = f"; {facts.macs / 1e9:.3f} G multiply-adds for one image" if facts.macs else ""
     venue = f"{paper.venue} {paper.year}" if paper.venue else f"arXiv, {paper.year}"
     mean, std = (", ".join(f"{v:g}" for v in values) for values in (facts.mean, facts.std))
     lines = [
         f"- Paper: [{paper.title}](https://arxiv.org/abs/{paper.arxiv}), {venue}",
         f"- Code of its authors: {paper.code}",
-        f"- Parameters: {facts.parameters / 1e6:.2f} M",
+        f"- Parameters: {facts.parameters / 1e6:.2f} M{macs}",
         f"- Classes: {facts.num_classes or 'none, it gives features'}",
         f"- Images: {channels} x {height} x {width}, {facts.interpolation} resizing, "
         f"{facts.crop_mode} crop {facts.crop_pct:g}, mean {mean}, standard deviation {std}",

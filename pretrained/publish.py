@@ -245,7 +245,8 @@ def _explain(error: Exception, plan: Publication) -> str:
     else:
         remedy = _REMEDIES.get(status, _RETRY)
     cause = failed[0] if failed else chain[-1]
-    return f"cannot publish {plan.folder} as {plan.repo_id}: {reason(cause, 250)}; {remedy}"
+    text = re.sub(r"For more information check: \S+ ?", "", reason(cause, 600)).rstrip()
+    return f"cannot publish {plan.folder} as {plan.repo_id}: {text}; {remedy}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

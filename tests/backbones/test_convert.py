@@ -3,8 +3,6 @@
 import json
 import re
 import resource
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -13,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import backbones
+from backbones import _export
+from backbones.__main__ import main
+from backbones._export import fit, write_config
 from backbones.convert import convert
 from backbones.pretrained import WeightsError, convert_state_dict, find_weights, read_state_dict
 from backbones.pretrained import card as cards
 from backbones.pretrained import davit as davit_names
 from tests.pretrained.forge import Command, pth
 from tests.support import golden
-from tests.support.process import ROOT
 
 # official file -> golden manifest, model (None: told from the file's name), wrapper, model.tag
 FILES = {
@@ -193,63 +193,54 @@ def test_the_copy_is_chosen_and_told(tmp_path, records, shvit):
     assert not (tmp_path / "p").exists()
 
 
-def test_an_auxiliary_head_is_kept_for_who_wants_it(tmp_path, records):
+def test_an_auxiliary_head_is_kept_for_who_wants_it(tmp_path):
     weights = forged("overlock_xt")
-    save(tmp_path / "overlock_xt_in1k_224.pth", weights, "state_dict")
-    convert(tmp_path / "overlock_xt_in1k_224.pth", tmp_path / "out", checksums=records)
-    name = f"local-dir:{tmp_path / 'out'}"
-    model = backbones.create_model(name, pretrained=True)
-    assert model.aux_head is None
-    full = backbones.create_model(name, pretrained=True, aux_head=True)
-    assert_equal(full.state_dict(), expected(weights, "overlock_xt", aux_head=True))
+    fitted = fit(weights, "overlock_xt", find_weights("overlock_xt"))
+    assert_equal(fitted.tensors, expected(weights, "overlock_xt", aux_head=True))
+    write_config(fitted, None, "mit", tmp_path)
+    name = f"local-dir:{tmp_path}"
+    assert backbones.create_model(name, device="meta").aux_head is None
+    full = backbones.create_model(name, device="meta", aux_head=True)
+    assert list(full.state_dict()) == list(fitted.tensors)
 
 
-def test_towers_have_no_classifier(tmp_path, records):
+def test_towers_have_no_classifier(monkeypatch):
     narrow = {"embed_dims": (32, 64, 64, 96), "num_heads": (1, 2, 2, 3)}
     tower = davit_names.to_official(
         golden.fill_model(timm.create_model("davit_base_fl", device="meta", **narrow))
     )
     tower = {k: v.float() for k, v in tower.items()}
     tower |= {f"language_model.layers.{i}.weight": torch.zeros(2) for i in range(3)}
-    # the tower itself is large: its parts are tried where it is built
-    from backbones import _export
-
     real = _export.create_model
-
-    def create(name, **kwargs):
-        return real(name, **{**narrow, **kwargs}) if name.startswith("davit") else real(name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_export, "create_model", create)
-        fitted = _export.fit(tower, "davit_base_fl", find_weights("davit_base_fl"))
+    monkeypatch.setattr(_export, "create_model", lambda name, **k: real(name, **narrow, **k))
+    fitted = fit(tower, "davit_base_fl", find_weights("davit_base_fl"))
     assert fitted.model_args == {"num_classes": 0}
     assert fitted.computed == ("head.norm.weight", "head.norm.bias")
     assert set(fitted.left_out) == {f"language_model.layers.{i}.weight" for i in range(3)}
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "pyramid", "classes"),
-    [("l2vit_det_tiny", "l2vit_tiny", "det", 0), ("overlock_xt_seg", "overlock_xt", "seg", 0)],
+    ("name", "model", "pyramid"),
+    [
+        ("l2vit_det_tiny", "l2vit_tiny", "det"),
+        ("overlock_xt_det", "overlock_xt", "det"),
+        ("overlock_xt_seg", "overlock_xt", "seg"),
+    ],
 )
-def test_backbones_of_detectors_have_no_classifier(
-    name, model, pyramid, classes, tmp_path, records
-):
+def test_backbones_of_detectors_have_no_classifier(name, model, pyramid, tmp_path):
     recorded = golden.load(name)
-    weights = forged(name) if "manifest" in recorded else forged(model)
+    weights = forged(name if "manifest" in recorded else model)
     extra = recorded.get("manifest_extra", {})
-    weights |= {k: torch.ones(*shape) for k, shape in extra.items()}
+    weights |= {key: torch.ones(*shape) for key, shape in extra.items()}
     for key in recorded.get("manifest_missing", ()):
         del weights[key]
-    detector = {f"backbone.{k}": v for k, v in weights.items()} | {"neck.w": torch.ones(1)}
-    source = save(tmp_path / "det.pth", detector, "state_dict")
-    report = convert(source, tmp_path / "out", model, checksums=records)
-    assert report.num_classes == classes
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["model_args"]["pyramid"] == pyramid
-    loaded = backbones.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    assert_equal(
-        loaded.state_dict(), expected(weights, model, pyramid=pyramid, num_classes=classes)
-    )
+    fitted = fit(weights, model, None)
+    assert (fitted.model_args["num_classes"], fitted.model_args["pyramid"]) == (0, pyramid)
+    assert_equal(fitted.tensors, expected(weights, model, **fitted.model_args))
+    # who has the folder builds the same
+    write_config(fitted, None, "mit", tmp_path)
+    again = backbones.create_model(f"local-dir:{tmp_path}", device="meta")
+    assert set(again.state_dict()) == {k for k in fitted.tensors if not k.startswith("aux_")}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +253,7 @@ def test_backbones_of_detectors_have_no_classifier(
         ("", None, ValueError, "name the model with --model"),
         ("classes", "shvit_s1.in1k", WeightsError, "have 7 classes, shvit_s1.in1k has 1000"),
         ("lost", "shvit_s1", WeightsError, "missing head.l.weight"),
-        ("extra", "shvit_s1", WeightsError, "left over blocks1.9.x"),
+        ("extra", "shvit_s1", WeightsError, r"left over stages\.0\.blocks\.9\.x"),
         ("nan", "shvit_s1", WeightsError, "NaN"),
         ("fused", "shvit_s1", WeightsError, "fused model"),
     ],
@@ -317,26 +308,34 @@ def test_an_occupied_folder_stays_as_it_is(tmp_path, records, shvit):
     assert read_state_dict(tmp_path / "empty/model.safetensors")
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, shvit):
-    save(tmp_path / "shvit_s1.pth", shvit)
-    command = [*(sys.executable, "-m", "backbones", "convert"), "shvit_s1.pth", "out"]
+@pytest.fixture
+def small_files():
+    """Nothing larger than 10 MB can be written, as on a disk that is nearly full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
 
-    result = subprocess.run(
-        [*command, "--checksums", "c.json"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2, result.stderr
-    assert "free space there or choose another folder" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+def test_a_full_disk_leaves_nothing(tmp_path, shvit, capsys, request):
+    source = save(tmp_path / "shvit_s1.pth", shvit)
+    request.getfixturevalue("small_files")
+    command = ["convert", str(source), str(tmp_path / "out")]
+    assert main([*command, "--checksums", str(tmp_path / "c.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "free space there or choose another folder" in line
     assert [path.name for path in tmp_path.iterdir()] == ["shvit_s1.pth"]
+
+
+def test_the_command_takes_every_option(tmp_path, shvit, capsys):
+    source = save(tmp_path / "mine.pth", shvit, "model_ema")
+    options = ["--model", "shvit_s1", "--ema", "--license", "mit", "--checksums", "c.json"]
+    assert main(["convert", str(source), str(tmp_path / "out"), *options]) == 0
+    rows = capsys.readouterr().out
+    for words in ("model          shvit_s1", "the moving average", "licence        mit"):
+        assert words in rows
+    assert main(["convert", str(source), str(tmp_path / "out"), *options]) == 2
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_known_hashes_are_compared(tmp_path, records, shvit):
