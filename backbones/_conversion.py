@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from backbones.pretrained import FAMILIES, Weights
+from backbones.pretrained import Weights
 from backbones.pretrained.card import Facts
 from backbones.pretrained.load import Loaded
-from backbones.pretrained.tic import PAPER as TIC
 
-from ._costs import COSTS
 from ._export import Fitted, cfg_of
+from .catalog import describe
 
 _REMOTE = ("hf-hub:", "http://", "https://")
 
@@ -28,20 +27,19 @@ def facts_of(loaded: Loaded, fitted: Fitted, weights: Weights | None, license: s
         license: Their licence.
     """
     model, cfg = fitted.model, cfg_of(fitted.model)
-    table = FAMILIES[fitted.family].WEIGHTS
+    known = describe(cfg["architecture"])
     named = ((name, value.numel()) for name, value in model.named_parameters())
     # the auxiliary head is there in training only
     parameters = sum(count for name, count in named if not name.startswith("aux_head."))
-    known, macs = COSTS.get(cfg["architecture"], (0, 0))
     changes = {"Left out": fitted.left_out, "Made of others, or added": fitted.computed}
     return Facts(
         model=cfg["architecture"],
         family=fitted.family,
-        paper=weights.paper if weights else table[0].paper if table else TIC,
+        paper=weights.paper if weights else known.paper,
         weights=weights,
         license=license,
         parameters=parameters,
-        macs=macs if parameters == known else None,
+        macs=known.macs if parameters == known.parameters else None,
         num_classes=fitted.model_args["num_classes"],
         input_size=tuple(cfg["input_size"]),
         crop_pct=cfg["crop_pct"],
@@ -64,8 +62,11 @@ def which_copy(ema: bool, both: bool) -> str:
         ema: Whether it is the moving average.
         both: Whether the file has the other one too.
     """
-    taken = "the moving average of the weights" if ema else "the plain weights"
-    return f"{taken}; the file has {'both' if both else 'no other'}"
+    if not both:
+        return f"the only weights there are{', a moving average' if ema else ''}"
+    if ema:
+        return "the moving average of the weights; the plain ones are there too"
+    return "the plain weights; their moving average is there too"
 
 
 def summarize(names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from backbones.pretrained.families import Family, family_of
 from backbones.pretrained.load import Loaded
 
 from ._registry import create_model
+from .catalog import find
 
 # names that say nothing of what is in a file
 _COMMON = ("model.", "pytorch_model.", "content")
@@ -64,7 +65,7 @@ def choose_model(loaded: Loaded, name: str | None) -> tuple[str, Weights | None]
         The model's name, and the official weights that these are, or None.
 
     Raises:
-        ValueError: It cannot be told, or there is no such tag.
+        ValueError: It cannot be told, or there is no such model or tag.
     """
     rows = [row for table in weights_tables().values() for row in table]
     if name is None:
@@ -76,16 +77,8 @@ def choose_model(loaded: Loaded, name: str | None) -> tuple[str, Weights | None]
                 "name the model with --model"
             )
         return found[0].model, found[0]
-    model, _, tag = name.partition(".")
-    if not tag:
-        return model, None
-    for row in rows:
-        if row.name == name:
-            return model, row
-    known = ", ".join(row.name for row in rows if row.model == model) or "none"
-    raise ValueError(
-        f"{name} is the name of no official weights ({known}): leave out the tag for your own"
-    )
+    model, chosen = find(name)
+    return model.name, chosen[0] if "." in name else None
 
 
 def cfg_of(model: nn.Module) -> dict[str, Any]:
@@ -119,7 +112,6 @@ def fit(state_dict: Mapping[str, Tensor], name: str, weights: Weights | None) ->
         weights: The official weights that they should be, or None.
 
     Raises:
-        ValueError: There is no such model.
         WeightsError: Tensors are missing, left over or of the wrong shape; or they are not the
             official weights.
     """
