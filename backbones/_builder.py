@@ -169,7 +169,7 @@ def _locate(variant: str, cfg: PretrainedCfg) -> tuple[str, str | None]:
 
 
 def _settle_classes(
-    model: nn.Module, weights: dict[str, Tensor], loaded: Loaded, cfg: PretrainedCfg, chosen: bool
+    model: Any, weights: dict[str, Tensor], loaded: Loaded, cfg: PretrainedCfg, chosen: bool
 ) -> None:
     """Let timm drop the classifier of the weights only where another one was asked for.
 
@@ -194,7 +194,7 @@ def _settle_classes(
     model.pretrained_cfg["num_classes"] = found
 
 
-def _count_classes(model: nn.Module, weights: dict[str, Tensor]) -> int:
+def _count_classes(model: Any, weights: dict[str, Tensor]) -> int:
     """Rows of the classifier in the weights; 0 without one."""
     names = model.pretrained_cfg.get("classifier") or ()
     names = (names,) if isinstance(names, str) else names

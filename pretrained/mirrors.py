@@ -72,7 +72,10 @@ def _names(weights: Weights) -> Iterator[tuple[str, str]]:
     """What a copy may be called, and its key."""
     yield weights.name, converted_key(weights)
     yield f"{weights.name}.safetensors", converted_key(weights)
+    if weights.hub_id is None:
+        yield weights.filename, weights.urls[0]
+        return
     for url in weights.urls:
         yield PurePath(url).name, url
-    if weights.hub_id and not weights.filename.startswith(("model.", "pytorch_model.")):
+    if not weights.filename.startswith(("model.", "pytorch_model.")):
         yield weights.filename, f"hf-hub:{weights.hub_id}/{weights.filename}"

@@ -10,7 +10,7 @@ from .checksum import Record, recorded
 from .hub import WEIGHT_FILES
 from .mirrors import local_copy, mirror_of
 from .table import Weights
-from .url import _cached_path
+from .url import cached_path
 
 
 def known_record(weights: Weights) -> Record | None:
@@ -47,7 +47,7 @@ def stored_file(weights: Weights) -> Path | None:
         record = known_record(weights)
         revision = record.revision if record else None
         return _in_hub_cache(weights.hub_id, (weights.filename,), revision)
-    path = _cached_path(weights.urls[0], None)
+    path = cached_path(weights.urls[0], None)
     return path if path.is_file() else None
 
 

@@ -44,7 +44,7 @@ def url_file(
     Raises:
         WeightsError: It cannot be downloaded or is not what was expected.
     """
-    path = _cached_path(url, cache_dir)
+    path = cached_path(url, cache_dir)
     if path.exists():
         return _stored(path, url)
     if is_offline():
@@ -74,7 +74,13 @@ def _stored(path: Path, url: str) -> StoredFile:
     return StoredFile(path, url, recorded, cached=(path, record))
 
 
-def _cached_path(url: str, cache_dir: str | Path | None) -> Path:
+def cached_path(url: str, cache_dir: str | Path | None) -> Path:
+    """Where the cache has a file, whether it is there or not.
+
+    Args:
+        url: Its URL.
+        cache_dir: As for `url_file`.
+    """
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
     name = re.sub(r"[^\w.-]", "_", unquote(urlsplit(url).path).rpartition("/")[2])
     return folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name[-100:] or 'weights'}"
