@@ -39,6 +39,13 @@ def test_folder_of_a_model_then_a_file_then_the_official_name(folder):
     assert (loaded.key, loaded.official) == ("converted:shvit_s1.in1k", "shvit_s1.in1k")
 
 
+def test_file_of_the_authors_whose_links_are_dead(folder):
+    torch.save({"model": model(3)}, folder / "biformer_tiny_best.pth")
+    loaded = load(NAME)
+    assert loaded.state_dict["w"][0] == 3
+    assert loaded.key.startswith("https://api.onedrive.com/")
+
+
 def test_average_that_is_meant(folder):
     both = {"model": model(3), "model_ema": model(4)}
     torch.save(both, folder / "L2ViT-Tiny-checkpoint-best-ema.pth")
