@@ -51,7 +51,7 @@ def facts_of(loaded: Loaded, fitted: Fitted, weights: Weights | None, license: s
         source=loaded.source if loaded.source.startswith(_REMOTE) else PurePath(loaded.source).name,
         source_sha256=loaded.sha256,
         copy=which_copy(loaded.ema, loaded.both),
-        changes=tuple(f"{what}: {summarize(names)}" for what, names in changes.items() if names),
+        changes=tuple(f"{what}: `{summarize(names)}`" for what, names in changes.items() if names),
     )
 
 

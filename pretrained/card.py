@@ -23,6 +23,7 @@ _TITLES = {
     "shvit": "SHViT",
     "tic": "TiC",
 }
+_LICENSES = {"apache-2.0": "Apache-2.0", "mit": "MIT"}
 _TIMM = "https://github.com/huggingface/pytorch-image-models"
 _REPORTED = {
     "paper": "in the paper",
@@ -257,15 +258,15 @@ def _origin(facts: Facts) -> str:
 
 def _licence(facts: Facts) -> str:
     code = facts.paper.code_license
-    authors = "states no licence" if code == "none" else f"is under {code}"
+    authors = "states no licence" if code == "none" else f"is under {_LICENSES.get(code, code)}"
     weights = (
         "Nobody stated a licence for these weights: ask who trained them."
         if facts.license == UNKNOWN_LICENSE
-        else f"The weights are under {facts.license}."
+        else f"The weights are under {_LICENSES.get(facts.license, facts.license)}."
     )
     return (
         f"{weights} The code of the paper's authors, {facts.paper.code}, {authors}; none of it is "
-        "here. The package `backbones` is under apache-2.0."
+        "here. The package `backbones` is under Apache-2.0."
     )
 
 

@@ -68,7 +68,7 @@ def test_the_reconstruction_claims_nothing():
 def test_code_without_a_licence_is_said_to_be_so():
     text = model_card(facts("ravlt", find_weights("ravlt_t")))
     assert "https://github.com/qhfan/RALA, states no licence" in text
-    assert "The weights are under mit." in text
+    assert "The weights are under MIT." in text
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +18,8 @@ from tests.support.hub_server import Hub
 from tests.support.hub_server_upload import require_token
 from tests.support.process import ROOT, python
 
+KEY = "hf-hub:timm/shvit_s1.in1k/model.safetensors"
+
 # runs commands and prints, for each, its exit code and what it wrote
 COMMANDS = """
 import contextlib, io, json, os, sys
@@ -27,7 +30,7 @@ for key, (token, *arguments) in json.loads(sys.argv[1]).items():
     os.environ["HF_TOKEN"] = token
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["publish", *arguments])
+        code = main(arguments)
     outcomes[key] = [code, out.getvalue(), err.getvalue()]
 print(json.dumps(outcomes))
 """
@@ -55,8 +58,6 @@ def digest(state_dict: dict[str, Tensor]) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Made-up weights of SHViT-S1, converted."""
-    import timm
-
     path = tmp_path_factory.mktemp("publish")
     model = timm.create_model("shvit_s1")
     torch.manual_seed(3)
@@ -89,17 +90,25 @@ def world(tmp_path_factory, folder):
             weights["head.l.bias"] += len(copies)
             save_file(weights, copies[name] / "model.safetensors")
         name = "acme/shvit_s1.in1k"
+        content = (folder / "model.safetensors").read_bytes()
+        commit = hub.add("timm/shvit_s1.in1k", {"model.safetensors": content})
+        (path / "commit").write_text(commit)
+        changed = {KEY: {"sha256": "0" * 64, "size": 1}}
+        (path / "changed.json").write_text(json.dumps(changed))
+        official = ["", "convert", "shvit_s1.in1k"]
         calls = {
-            "dry": ["ours", str(folder), name],
-            "push": ["ours", str(folder), name, "--push", "--message", "Add SHViT"],
-            "again": ["ours", str(folder), name, "--push"],
-            "reset": ["ours", str(copies["reset"]), "acme/reset", "--push", "--private"],
-            "full": ["ours", str(copies["full"]), "acme/full", "--push"],
-            "swapped": ["ours", str(folder), "acme/swapped", "--push"],
-            "logged out": ["", str(folder), name, "--push"],
-            "wrong token": ["none", str(folder), name, "--push"],
-            "of another": ["theirs", str(folder), name, "--push"],
-            "elsewhere": ["theirs", str(folder), "acme/new", "--push"],
+            "dry": ["ours", "publish", str(folder), name],
+            "push": ["ours", "publish", str(folder), name, "--push", "--message", "Add SHViT"],
+            "again": ["ours", "publish", str(folder), name, "--push"],
+            "reset": ["ours", "publish", str(copies["reset"]), "acme/reset", "--push", "--private"],
+            "full": ["ours", "publish", str(copies["full"]), "acme/full", "--push"],
+            "swapped": ["ours", "publish", str(folder), "acme/swapped", "--push"],
+            "logged out": ["", "publish", str(folder), name, "--push"],
+            "wrong token": ["none", "publish", str(folder), name, "--push"],
+            "of another": ["theirs", "publish", str(folder), name, "--push"],
+            "elsewhere": ["theirs", "publish", str(folder), "acme/new", "--push"],
+            "official": [*official, str(path / "a"), "--checksums", str(path / "new.json")],
+            "changed": [*official, str(path / "b"), "--checksums", str(path / "changed.json")],
         }
         environment = {
             "HF_ENDPOINT": hub.endpoint,
@@ -132,7 +141,9 @@ def test_what_is_pushed_is_what_the_hub_has(world, folder):
     assert all((there / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
     assert "has these hashes" in out
     assert out.splitlines()[-1].split()[-1] == f"{hub.endpoint}/acme/shvit_s1.in1k"
-    assert outcomes["again"][0] == 0 and outcomes["reset"][0] == 0
+    assert outcomes["again"][0] == 0
+    # the client tries again after a reset
+    assert outcomes["reset"][0] == 0 and hub.requests("acme/reset/lfs")["PUT"] == 2
 
 
 @pytest.mark.parametrize(
@@ -156,10 +167,34 @@ def test_failures_are_one_line_with_the_remedy(world, case, words):
 
 
 def test_others_get_the_same_bits(world, folder, tmp_path):
-    environment = {"HF_ENDPOINT": world[0].endpoint, "HF_HOME": str(tmp_path)}
+    hub, original = world[0], KEY.removeprefix("hf-hub:")
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
+    before = hub.requests(original)
     there = python("-c", CREATE, cwd=ROOT, environment=environment)
     assert there.returncode == 0, there.stderr
     assert json.loads(there.stdout) == [digest(load_weights(folder))] * 2
+    # the organisation's copy, not the official one
+    assert hub.requests(original) == before
+
+
+def test_hashes_of_official_files_are_written_down_and_compared(world, folder):
+    hub, outcomes = world
+    path = hub.root.parent
+    code, out, err = outcomes["official"]
+    assert (code, err) == (0, "")
+    known = {"sha256": sha256_of(folder / "model.safetensors")}
+    known["size"] = (folder / "model.safetensors").stat().st_size
+    assert json.loads((path / "new.json").read_text()) == {
+        KEY: {**known, "revision": (path / "commit").read_text()},
+        # the same tensors again
+        "converted:shvit_s1.in1k": known,
+    }
+    assert KEY in out and "converted:shvit_s1.in1k" in out
+
+    code, out, err = outcomes["changed"]
+    assert (code, out) == (2, "")
+    assert known["sha256"] in err and "0" * 64 in err and KEY in err
+    assert not (path / "b").exists()
 
 
 @pytest.mark.parametrize(
