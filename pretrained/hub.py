@@ -121,6 +121,8 @@ def hub_file(
         WeightsError: It is neither on the hub nor in the cache, or cannot be downloaded.
     """
     repository = _Repository(repo_id, revision, cache_dir)
+    # for a commit there is no newer version, and even so the client may ask the hub other things
+    ask = ask and not _COMMIT.fullmatch(revision or "")
     names = [filename] if filename else list(WEIGHT_FILES)
     name = names[0]
     try:
@@ -199,7 +201,7 @@ def _is_absent(error: EntryNotFoundError) -> bool:
 
 def _advice(error: Exception, cache_dir: str | Path | None) -> str:
     cache = cache_dir or constants.HF_HUB_CACHE
-    if is_disk_error(error):
+    if is_disk_error(error) or getattr(error, "errno", None) == errno.EFBIG:
         return f"make {cache} writable and free space there, or set HF_HOME to another disk"
     if is_offline():
         return f"HF_HUB_OFFLINE is set and {cache} does not hold it: unset it or fill the cache"

@@ -50,3 +50,20 @@ def packed_zip() -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"0" * 10_000_000)
     return buffer.getvalue()
+
+
+def inflated(archived: bool) -> bytes:
+    """A file of `torch.save` whose only tensor claims four gigabytes."""
+    # the number of values, as pickled: 1000 in two bytes, and 10 ** 9 in five
+    old, new = b"M\xe8\x03", b"\x8a\x05" + (10**9).to_bytes(5, "little")
+    honest = {"a": torch.ones(1000)}
+    if not archived:
+        return pth(honest, **LEGACY).replace(old, new)
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(pth(honest))) as source,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        for name in source.namelist():
+            archive.writestr(name, source.read(name).replace(old, new))
+    return buffer.getvalue()

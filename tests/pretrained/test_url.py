@@ -1,5 +1,4 @@
 import hashlib
-import threading
 
 import pytest
 import torch
@@ -127,16 +126,6 @@ def test_offline(hub, load, data, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load(location)
     assert hub.requests("offline.pth") == {"GET": 1}
-
-
-def test_eight_at_once_download_once(hub, load, data):
-    location = hub.add_plain("crowd.pth", data)
-    threads = [threading.Thread(target=load, args=(location,)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert hub.requests("crowd.pth") == {"GET": 1}
 
 
 def test_cache_that_cannot_be_written(hub, tmp_path, data):

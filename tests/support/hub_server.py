@@ -47,9 +47,10 @@ class Fault:
 
     Attributes:
         key: `org/name/file`, or the name of a plain file.
-        kind: "truncate" (the connection closes half-way), "short" (half a file that says it is
-            whole), "corrupt" (one bit), "reset", "close" (without an answer), "hang", "gated",
-            "html" or "pointer" (another body), or a status such as "503".
+        kind: "truncate" (the connection closes half-way), "stall" (nothing comes after half of the
+            file), "short" (half a file that says it is whole), "corrupt" (one bit), "reset",
+            "close" (without an answer), "hang", "gated", "html" or "pointer" (another body), or a
+            status such as "503".
         method: "HEAD" or "GET".
         times: How often; -1 for ever.
     """
@@ -120,8 +121,15 @@ class Hub:
 
     def requests(self, key: str) -> Counter[str]:
         """How often each method asked for the content or the metadata of a file."""
+        return Counter(method for method, name in self._log() if name == key)
+
+    def total(self) -> int:
+        """How many requests of any kind there were."""
+        return sum(name.startswith("/") for _, name in self._log())
+
+    def _log(self) -> list[tuple[str, str]]:
         with urllib.request.urlopen(f"{self.endpoint}/_log", timeout=10) as response:
-            return Counter(method for method, name in json.load(response) if name == key)
+            return json.load(response)
 
 
 class _Server(ThreadingHTTPServer):
@@ -170,10 +178,11 @@ class _Handler(UploadSide, BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        repos = self.server.root / "repos"
         if parts == ["_log"]:
-            self._json(self.server.log)
-        elif parts[0] == "plain":
+            return self._json(self.server.log)
+        self.server.log.append((self.command, self.path))
+        repos = self.server.root / "repos"
+        if parts[0] == "plain":
             self._content(self.server.root / "plain", "/".join(parts[1:]))
         elif parts[0] == "cdn":
             self._content(repos, "/".join(parts[1:]))
@@ -183,6 +192,7 @@ class _Handler(UploadSide, BaseHTTPRequestHandler):
             self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
             self._error(404, "", "no such page")
+        return None
 
     def _resolve(self, repo_id: str, revision: str, name: str) -> None:
         repos = self.server.root / "repos"
@@ -222,6 +232,9 @@ class _Handler(UploadSide, BaseHTTPRequestHandler):
         if kind == "truncate":
             self.close_connection = True
             return self._reply(200, body[:half], headers, length=len(body))
+        if kind == "stall":
+            self._reply(200, body[:half], headers, length=len(body))
+            threading.Event().wait(60)
         if kind == "short":
             return self._reply(200, body[:half], headers)
         if wanted := self.headers.get("Range"):
