@@ -171,7 +171,7 @@ def check_loads(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     model = create_model(f"local-dir:{folder}", pretrained=True)
     for name, value in model.state_dict().items():
         if not torch.equal(value, tensors[name].to(value.dtype)):
-            raise WeightsError(f"{name} is another after loading {folder}: the disk may be failing")
+            raise WeightsError(f"{name} is another when it is read back: the disk may be failing")
 
 
 def _file_names(row: Weights) -> set[str]:

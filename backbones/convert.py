@@ -140,7 +140,7 @@ def convert(
         fitted = fit(loaded.state_dict, name, weights)
     except WeightsError as error:
         raise WeightsError(f"{weights.name if weights else name} from {source}: {error}") from error
-    license = license or (weights.license if weights else UNKNOWN_LICENSE)
+    license = (license or (weights.license if weights else UNKNOWN_LICENSE)).lower()
 
     partial = target.with_name(f".convert-{uuid.uuid4().hex}.partial")
     try:

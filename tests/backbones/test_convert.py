@@ -167,7 +167,7 @@ def test_types_and_other_classes_stay(dtype, tmp_path, records, shvit):
     weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in shvit.items()}
     weights |= {"head.l.weight": weights["head.l.weight"][:7], "head.l.bias": torch.ones(7)}
     source = save(tmp_path / "mine.pth", weights)
-    report = convert(source, tmp_path / "out", "shvit_s1", license="cc0-1.0", checksums=records)
+    report = convert(source, tmp_path / "out", "shvit_s1", license="CC0-1.0", checksums=records)
     assert (report.num_classes, report.license) == (7, "cc0-1.0")
     written = load_file(tmp_path / "out/model.safetensors")
     assert_equal(written, {k: written[k] for k in written})
@@ -328,7 +328,7 @@ def test_a_disk_that_writes_something_else_is_noticed(tmp_path, records, shvit, 
         save_file({**tensors, "head.l.bias": torch.zeros(1000)}, path, metadata)
 
     monkeypatch.setattr("safetensors.torch.save_file", write)
-    with pytest.raises(WeightsError, match=r"head\.l\.bias is another after loading"):
+    with pytest.raises(WeightsError, match=r"head\.l\.bias is another when it is read back"):
         convert(source, tmp_path / "out", checksums=records)
     assert [path.name for path in tmp_path.iterdir()] == ["shvit_s1.pth"]
 
