@@ -75,9 +75,11 @@ def _check_names(
     if not found:
         return
     norms_given, norms_target = _count_norms(given, target), _count_norms(target, given)
-    if norms_given and not norms_target:
+    # weights of another family have other parts, and say nothing about norms
+    related = {n.split(".")[0] for n in target} >= {n.split(".")[0] for n in given}
+    if related and norms_given and not norms_target:
         fix = "the model's norms are folded away: load the weights before fuse()"
-    elif norms_target and not norms_given:
+    elif related and norms_target and not norms_given:
         fix = "the weights are of a fused model: fuse() the model first"
     elif all(name.startswith(heads) for name in (*missing, *left_over)):
         fix = "they have no classifier: use num_classes=0 or require_head=False"

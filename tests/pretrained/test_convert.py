@@ -122,3 +122,9 @@ def test_timm_adapts_what_passes(official, kwargs):
         assert torch.equal(loaded[names[name].replace("_", ".")], official[name].float())
     stem = official["patch_embed.0.c.weight"].float()
     torch.testing.assert_close(loaded["patch.embed.0.c.weight"].sum(1), stem.sum(1))
+
+
+def test_weights_of_another_family_say_nothing_of_norms():
+    weights = timm.create_model("tic_tiny", device="meta").state_dict()
+    with pytest.raises(WeightsError, match=r"missing .*; left over .*; check that they are of this"):
+        convert_state_dict(weights, timm.create_model("shvit_s1", device="meta"))
