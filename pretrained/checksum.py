@@ -81,7 +81,7 @@ def verify(file: StoredFile, expected: str | None = None) -> str:
 
 def _compare_with_source(file: StoredFile, sha256: str) -> None:
     is_sha256 = SHA256.fullmatch(file.recorded or "")
-    kind, actual = ("sha256", sha256) if is_sha256 else ("git hash", _git_hash(file.path))
+    kind, actual = ("sha256", sha256) if is_sha256 else ("git hash", git_hash(file.path))
     if actual == file.recorded:
         return
     for path in file.cached:
@@ -168,7 +168,11 @@ def matches(sha256: str, expected: str) -> bool:
     return sha256.startswith(expected.lower())
 
 
-def _git_hash(path: Path) -> str:
-    """The hash by which git, and so the hub's ETag, knows a small file: 40 hex digits."""
+def git_hash(path: Path) -> str:
+    """The hash by which git, and so the hub's ETag, knows a small file: 40 hex digits.
+
+    Args:
+        path: The file.
+    """
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\x00" % len(content) + content).hexdigest()

@@ -25,10 +25,10 @@ def reason(error: BaseException, limit: int = 300) -> str:
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether the local disk failed (full, not writable) rather than the network.
+    """Whether the local disk failed (full, not writable, a quota) rather than the network.
 
     Args:
         error: Any exception.
     """
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
     return isinstance(error, OSError) and error.errno in codes

@@ -201,7 +201,7 @@ def _is_absent(error: EntryNotFoundError) -> bool:
 
 def _advice(error: Exception, cache_dir: str | Path | None) -> str:
     cache = cache_dir or constants.HF_HUB_CACHE
-    if is_disk_error(error) or getattr(error, "errno", None) == errno.EFBIG:
+    if is_disk_error(error):
         return f"make {cache} writable and free space there, or set HF_HOME to another disk"
     if is_offline():
         return f"HF_HUB_OFFLINE is set and {cache} does not hold it: unset it or fill the cache"

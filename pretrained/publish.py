@@ -7,7 +7,6 @@ states a licence. After the upload the hub is asked for the hashes of what it ha
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from .card import UNKNOWN_LICENSE, license_of
-from .checksum import sha256_of
+from .checksum import git_hash, sha256_of
 from .errors import WeightsError, reason
 from .files import read_state_dict
 
@@ -223,8 +222,7 @@ def _compare(
             same, has = entry.lfs.sha256 == file.sha256, f"sha256 {entry.lfs.sha256}"
         else:
             # small files are known by git's hash
-            content = (folder / file.name).read_bytes()
-            git = hashlib.sha1(b"blob %d\x00" % len(content) + content).hexdigest()
+            git = git_hash(folder / file.name)
             same, has = entry is not None and entry.blob_id == git, "another content"
         if not same:
             raise WeightsError(
