@@ -2,10 +2,11 @@
 
 Twenty-eight cases, counted as the research of the hub's client counted them: conditions that a
 slash or a semicolon separates are cases of their own, but for "wrong shape / missing tensor" and
-"classes or channels differ". A case is survived if all of its injections are: network faults are
-injected into the configuration and into the weights, faults of the weights are met by
-`backbones.create_model` and by `timm.create_model`. To survive is to load the right weights, or to
-raise one `WeightsError` of one line that names the file and the remedy.
+"classes or channels differ". A case is survived if all of its injections are: faults of the network
+are injected into the configuration and into the weights; those of the weights are met by
+`backbones.create_model` and by `timm.create_model`, which reads configurations by itself. To
+survive is to load the right weights, or to raise one `WeightsError` of one line that names the
+repository and the remedy.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Injection:
 
     Attributes:
         fault: Of the stand-in hub: kind, method and how often.
-        files: In which files it is injected, one after the other.
+        file: In which file it is injected.
         warm: Whether they are in the cache before it happens.
         host: "hub", "offline", "silent" or "gone".
         config: Fields of the configuration that differ, or all of it.
@@ -50,7 +51,7 @@ class Injection:
     """
 
     fault: tuple[str, str, int] | None = None
-    files: tuple[str, ...] = (WEIGHTS,)
+    file: str = WEIGHTS
     warm: bool = False
     host: str = "hub"
     config: dict[str, Any] | bytes = field(default_factory=dict)
@@ -64,11 +65,12 @@ class Injection:
     again: bool = False
 
 
-def _network(kind: str, method: str, times: int, **kwargs: Any) -> tuple[Injection, ...]:
-    """A fault met in the configuration, in the weights, and in the weights by timm."""
+def _network(
+    kind: str, method: str, times: int, calls: tuple[str, ...] = ("model",), **kwargs: Any
+) -> tuple[Injection, ...]:
+    """A fault met in the configuration and in the weights."""
     fault = (kind, method, times)
-    in_weights = Injection(fault, calls=_BY_TIMM, **kwargs)
-    return Injection(fault, (CONFIG,), **kwargs), in_weights
+    return Injection(fault, CONFIG, **kwargs), Injection(fault, calls=calls, **kwargs)
 
 
 def _configured(says: tuple[str, ...] = (), **config: Any) -> Injection:
@@ -81,19 +83,23 @@ _FIT = "the weights do not fit the model"
 
 CASES: dict[str, tuple[Injection, ...]] = {
     "body truncated once": _network("truncate", "GET", 1),
-    "body truncated always": _network("truncate", "GET", -1, says=("closed", _MIRROR)),
+    "body truncated always": _network(
+        "truncate", "GET", -1, _BY_TIMM, says=("closed", _MIRROR)
+    ),
     "short body of the length it states": (
         *_network("short", "GET", -1, says=("should be of size", _MIRROR)),
         Injection(("html", "GET", -1), says=("should be of size", _MIRROR)),
     ),
-    "one bit flipped": _network("corrupt", "GET", 1, again=True, says=("is damaged", "load it")),
+    "one bit flipped": _network(
+        "corrupt", "GET", 1, _BY_TIMM, again=True, says=("is damaged", "load it again")
+    ),
     "HEAD 500 once": _network("500", "HEAD", 1),
     "HEAD 500 always, warm cache": _network("500", "HEAD", -1, warm=True),
-    "GET 503 once": _network("503", "GET", 1),
+    "GET 503 once": _network("503", "GET", 1, _BY_TIMM),
     "GET 429 once": _network("429", "GET", 1),
     "GET reset once": (*_network("reset", "GET", 1), Injection(("reset", "HEAD", 1))),
     "HEAD reset, warm cache": (
-        *_network("reset", "HEAD", -1, warm=True),
+        *_network("reset", "HEAD", -1, _BY_TIMM, warm=True),
         Injection(("close", "HEAD", -1), warm=True),
     ),
     "server refuses, warm cache": (Injection(host="gone", warm=True, calls=_BY_TIMM),),
@@ -195,11 +201,10 @@ def config(fields: dict[str, Any]) -> bytes:
 
 @dataclass
 class _Trial:
-    """One injection in one file, met by one caller, in a repository of its own."""
+    """One injection, met by one caller, in a repository of its own."""
 
     case: str
     injection: Injection
-    file: str
     do: str
     repo_id: str
 
@@ -219,7 +224,7 @@ class _Trial:
 
     def inject(self, lab: Lab) -> None:
         if self.injection.fault is not None:
-            lab.hub.fail(f"{self.repo_id}/{self.file}", *self.injection.fault)
+            lab.hub.fail(f"{self.repo_id}/{self.injection.file}", *self.injection.fault)
 
     def judge(self, lab: Lab, outcome: dict[str, Any], plain: dict[str, Tensor]) -> str:
         """Why the outcome is not what it should be; empty if it is."""
@@ -239,11 +244,10 @@ class _Trial:
 def _trials() -> Iterator[_Trial]:
     for case, injections in CASES.items():
         for i, injection in enumerate(injections):
-            for file in injection.files:
-                for do in injection.calls:
-                    words = (*case.split(), str(i), file.partition(".")[0], do)
-                    slug = "-".join("".join(filter(str.isalnum, word)) for word in words)
-                    yield _Trial(case, injection, file, do, f"f8/{slug}")
+            for do in injection.calls:
+                words = (*case.split(), str(i), do)
+                slug = "-".join("".join(filter(str.isalnum, word)) for word in words)
+                yield _Trial(case, injection, do, f"f8/{slug}")
 
 
 def run(lab: Lab) -> dict[str, Outcome]:
@@ -280,5 +284,5 @@ def _collect(
     failures: dict[str, list[str]] = {name: [] for name in NAMES}
     for trial in trials:
         if failure := trial.judge(lab, outcomes[trial.repo_id], plain):
-            failures[trial.case].append(f"{trial.do}, {trial.file}: {failure}")
+            failures[trial.case].append(f"{trial.do}, {trial.injection.file}: {failure}")
     return {name: Outcome(" | ".join(found)) for name, found in failures.items()}
