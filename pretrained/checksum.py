@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import WeightsError
+from .errors import WeightsError, reason
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # what is known of official files, written by `python -m backbones convert`
@@ -84,11 +84,15 @@ def _compare_with_source(file: StoredFile, sha256: str) -> None:
     kind, actual = ("sha256", sha256) if is_sha256 else ("git hash", git_hash(file.path))
     if actual == file.recorded:
         return
-    for path in file.cached:
-        path.unlink(missing_ok=True)
+    try:
+        for path in file.cached:
+            path.unlink(missing_ok=True)
+        fix = "it was deleted from the cache, load it again" if file.cached else "fetch it again"
+    except OSError as error:
+        fix = f"it cannot be deleted ({reason(error)}): do that, and load it again"
     raise WeightsError(
         f"{file.source} is damaged: its {kind} is {actual}, at its source it is "
-        f"{file.recorded}; it was deleted from the cache, load it again"
+        f"{file.recorded}; {fix}"
     )
 
 
