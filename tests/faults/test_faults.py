@@ -11,18 +11,8 @@ from tests.faults.figures import FIGURES, Figure, Score
 from tests.faults.lab import Outcome, shared_lab
 
 BY_NAME = {figure.name: figure for figure in FIGURES}
-KNOWN = {
-    "read-only cache, damaged": "checksum.verify raises the PermissionError of deleting the file",
-}
-
-
-def case(figure: str, name: str):
-    marks = pytest.mark.xfail(reason=KNOWN[name], strict=True) if name in KNOWN else ()
-    return pytest.param(figure, name, marks=marks)
-
-
 # of the flipped bits there is one test for all
-CASES = [case(f.name, name) for f in FIGURES if f.name != "F10" for name in f.names]
+CASES = [(figure.name, name) for figure in FIGURES if figure.name != "F10" for name in figure.names]
 
 
 @functools.cache
