@@ -34,7 +34,7 @@ PAPER = Paper(
 _BN_EPS = 1e-5
 _DEAD = "https://github.com/rayleizhu/BiFormer/issues/53"
 _NOTE = (
-    f"the authors' links are dead ({_DEAD}); their folder "
+    f"The authors' links are dead ({_DEAD}); their folder "
     "https://1drv.ms/u/s!AkBbczdRlZvChGsXFqAA-PVnA-R8?e=IPlOCG may still open in a browser: give "
     "the file that you got there or elsewhere, to timm.create_model as "
     'pretrained_cfg_overlay=dict(file="path/to/it.pth")'

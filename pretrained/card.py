@@ -272,6 +272,5 @@ def _licence(facts: Facts) -> str:
 
 def _problems(facts: Facts) -> str:
     if facts.weights is not None:
-        note = facts.weights.note
-        return note[:1].upper() + note[1:] if note else "None are known."
+        return facts.weights.note or "None are known."
     return "None are known: nobody has reported on these weights."

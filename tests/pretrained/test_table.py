@@ -37,7 +37,10 @@ def test_images_are_taken_as_timm_says(row):
     assert (tuple(cfg.mean), tuple(cfg.std)) == (row.mean, row.std)
 
 
-@pytest.mark.parametrize("paper", {row.paper for row in ROWS} | {tic.PAPER}, ids=lambda p: p.code)
+PAPERS = sorted({row.paper for row in ROWS} | {tic.PAPER}, key=lambda paper: paper.arxiv)
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.code)
 def test_paper_is_complete(paper):
     assert re.fullmatch(r"\d{4}\.\d{5}", paper.arxiv)
     assert all(re.fullmatch(r"[A-Z][\w-]+( [A-Z][\w-]+)+", author) for author in paper.authors)
