@@ -37,7 +37,7 @@ def test_images_are_taken_as_timm_says(row):
     assert (tuple(cfg.mean), tuple(cfg.std)) == (row.mean, row.std)
 
 
-PAPERS = sorted({row.paper for row in ROWS} | {tic.PAPER}, key=lambda paper: (paper.arxiv, paper.code))
+PAPERS = sorted({row.paper for row in ROWS} | {tic.PAPER}, key=lambda p: (p.arxiv, p.code))
 
 
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.code)
