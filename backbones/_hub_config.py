@@ -19,22 +19,41 @@ FILE = "config.json"
 HUB, LOCAL = "hf-hub:", "local-dir:"
 _MAX_BYTES = 2**20
 
-# arguments of models that a configuration may set -> the least and the largest number; those that
-# change the widths or depths of a network are the caller's to give
+# arguments of models that a configuration may set -> the least and the largest number
 _RANGES: dict[str, tuple[float, float]] = {
     "num_classes": (0, 100_000),
     "in_chans": (1, 256),
     "img_size": (32, 4096),
+    "drop_rate": (0, 1),
+    "drop_path_rate": (0, 1),
     "n_win": (1, 64),
+    "topks": (1, 4096),
     "window_size": (1, 64),
     "transformer_window_size": (1, 64),
     "transformer_grid_size": (1, 64),
     "transformer_partition_ratio": (1, 256),
-    "drop_rate": (0, 1),
-    "drop_path_rate": (0, 1),
+    "kernel_size": (1, 31),
+    "down_kernel_size": (1, 15),
+    "dilation": (1, 64),
+    "num_heads": (1, 1024),
+    "partial_dim": (1, 8192),
+    "stem_width": (1, 8192),
+    "head_hidden_size": (1, 16_384),
+    "mlp_ratio": (1, 16),
+    "layer_scales": (0, 10),
+    "init_values": (0, 1),
 }
-_WORDS = {"global_pool", "pyramid"}
-_FLAGS = {"reparam", "aux_head"}
+_WIDTHS = ("embed_dim", "embed_dims", "dims")
+_DEPTHS = ("depth", "depths", "focus_depths")
+_RANGES |= dict.fromkeys(_WIDTHS, (1, 8192)) | dict.fromkeys(_DEPTHS, (0, 256))
+_WORDS = {"global_pool", "pyramid", "pool", "shift", "style"}
+_FLAGS = {
+    "attn_proj", "aux_head", "channel_attn_v2", "named_blocks", "parallel", "patches", "pointwise",
+    "reparam",
+}  # fmt: skip
+# blocks times width squared: about a twelfth of the parameters; DaViT-giant has 1.6e8
+_MAX_SIZE = 4e8
+_USUAL_WIDTH, _USUAL_DEPTH = 2048, 32
 
 # fields of timm's PretrainedCfg that describe weights; those that say where to find them are ours
 _FIELDS = {
@@ -104,7 +123,8 @@ def check_model_args(model_args: Mapping[str, Any]) -> None:
         model_args: Name -> value.
 
     Raises:
-        WeightsError: An argument that is not on our list, or out of its range.
+        WeightsError: An argument that is not on our list, or out of its range, or a network that
+            is larger than any of ours.
     """
     for name, value in model_args.items():
         if name in _RANGES:
@@ -115,10 +135,17 @@ def check_model_args(model_args: Mapping[str, Any]) -> None:
                 raise WeightsError(f"its model_args.{name} is {value!r}, no {wanted.__name__}")
         else:
             raise WeightsError(
-                f"its model_args.{name} is not among those that a configuration may set "
-                f"({', '.join(sorted((*_RANGES, *_WORDS, *_FLAGS)))}); if you trust it, pass "
-                f"{name}= yourself to backbones.create_model"
+                f"its model_args.{name} is not among those that a configuration may set; if you "
+                f"trust it, pass {name}= yourself to backbones.create_model"
             )
+    width = max((n for k in _WIDTHS for n in _numbers(model_args.get(k))), default=_USUAL_WIDTH)
+    depths = [n for k in _DEPTHS for n in _numbers(model_args.get(k))]
+    depth = sum(depths) if depths else _USUAL_DEPTH
+    if depth * width**2 > _MAX_SIZE:
+        raise WeightsError(
+            f"its model_args ask for {depth:g} blocks of up to {width:g} channels, more than any "
+            "model here has; if you trust it, pass them yourself to backbones.create_model"
+        )
 
 
 def _find(name: str, cache_dir: str | Path | None) -> tuple[StoredFile, dict[str, Any]]:
@@ -188,8 +215,15 @@ def _pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    for number in value if isinstance(value, (list, tuple)) and len(value) <= 4 else [value]:
+    for number in _numbers(value):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise WeightsError(f"its {name} is {str(value)[:80]!r}, no number")
         if not low <= number <= high:
-            raise WeightsError(f"its {name} is {value}, outside {low} to {high}")
+            raise WeightsError(f"its {name} is {str(value)[:80]}, outside {low:g} to {high:g}")
+
+
+def _numbers(value: Any, nested: int = 3) -> list[Any]:
+    """What a value holds, in lists or not, without what is left open (None)."""
+    if isinstance(value, (list, tuple)) and nested:
+        return [number for item in value for number in _numbers(item, nested - 1)]
+    return [] if value is None else [value]

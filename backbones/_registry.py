@@ -18,6 +18,7 @@ import timm.models
 from torch import nn
 
 from backbones.pretrained import WeightsError
+from backbones.pretrained.errors import reason
 
 from ._hub_config import HUB, LOCAL, read_config
 
@@ -25,6 +26,9 @@ _logger = logging.getLogger("backbones")
 
 _families: dict[str, str] = {}
 _replaced: dict[str, Callable[..., nn.Module]] = {}
+
+# what constructors raise for arguments of the wrong kind or length
+_UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError)
 
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 
@@ -129,8 +133,8 @@ def list_models(family: str = "", pretrained: bool = False) -> list[str]:
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Create a model by name: `timm.create_model`, with an error that suggests what was meant.
 
-    The configuration of a model on the hub or in a folder is read as carefully as its weights: it
-    may choose the classes, the input and the like, but not how large the network is.
+    The configuration of a model on the hub or in a folder is read as carefully as its weights: its
+    arguments must be among those that we know, in their ranges.
 
     Args:
         name: Any name that timm takes: `model`, `model.tag`, `hf-hub:...`, `local-dir:...`.
@@ -161,13 +165,13 @@ def _create_configured(name: str, pretrained: bool, kwargs: dict[str, Any]) -> n
             pretrained_cfg=config.pretrained_cfg,
             **{**config.model_args, **kwargs},
         )
-    except TypeError as error:
-        wrong = [arg for arg in config.model_args if f"'{arg}'" in str(error)]
-        if not wrong:
+    except _UNBUILDABLE as error:
+        if isinstance(error, WeightsError) or not config.model_args:
             raise
         raise WeightsError(
-            f"cannot use {config.source}: {config.architecture} has no argument {wrong[0]!r} "
-            "(model_args); ask its author to mend it"
+            f"cannot use {config.source}: no {config.architecture} can be built with its "
+            f"model_args ({', '.join(config.model_args)}): {reason(error)}; ask its author to mend "
+            "it, or pass other values"
         ) from error
 
 

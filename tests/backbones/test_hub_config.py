@@ -109,10 +109,15 @@ def test_no_configuration(folder, content, message):
         ({"model_args": {"num_classes": "5"}}, "model_args.num_classes is '5', no number"),
         ({"model_args": {"drop_rate": True}}, "model_args.drop_rate is 'True', no number"),
         ({"model_args": {"in_chans": 10**6}}, "model_args.in_chans is 1000000, outside 1 to 256"),
-        ({"model_args": {"embed_dim": [9] * 4}}, "pass embed_dim= yourself to backbones.create"),
+        ({"model_args": {"layers": [9] * 4}}, "pass layers= yourself to backbones.create"),
+        ({"model_args": {"embed_dim": [8192] * 3}}, "32 blocks of up to 8192 channels, more than"),
+        ({"model_args": {"depth": [2, 99, 256]}}, "357 blocks of up to 2048 channels, more than"),
+        ({"model_args": {"embed_dim": [9, [[[9]]], 9]}}, "is '[9, [[[9]]], 9]', no number"),
+        ({"model_args": {"embed_dim": [2] * 99 + [1e9]}}, "outside 1 to 8192"),
+        ({"model_args": {"embed_dim": [9] * 4}}, "can be built with its model_args (embed"),
         ({"model_args": {"global_pool": 3}}, "model_args.global_pool is 3, no str"),
         ({"model_args": {"reparam": 3}}, "model_args.reparam is 3, no bool"),
-        ({"model_args": {"n_win": 8}}, "shvit_s1 has no argument 'n_win'"),
+        ({"model_args": {"n_win": 8}}, "built with its model_args (n_win): TypeError"),
         ({"num_classes": 10**9}, "num_classes is 1000000000"),
         ({"pretrained_cfg": {"input_size": [3, 1, 10**9]}}, "its input_size is [1, 1000000000]"),
         ({"pretrained_cfg": {"input_size": 3}}, "its input_size is 3, not channels"),
@@ -124,9 +129,17 @@ def test_bombs_and_nonsense(folder, changes, message):
 
 
 def test_the_caller_may_choose_what_a_configuration_may_not(folder, weights):
-    write(folder, {"model_args": {"depth": [2, 4, 5], "num_classes": 5}})
-    assert "depth" in refusal(folder)
+    write(folder, {"model_args": {"depth": [200, 200, 200], "num_classes": 5}})
+    assert "600 blocks" in refusal(folder)
     assert create(folder, depth=(2, 4, 5)).num_classes == 5
+
+
+def test_a_network_of_another_shape(tmp_path):
+    shape = {"embed_dim": (32, 48, 72), "depth": (1, 1, 2), "partial_dim": (16, 16, 19)}
+    model = backbones.create_model("shvit_s1", num_classes=4, **shape)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    loaded = create(tmp_path)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
 
 
 def test_a_configuration_does_not_say_where_the_weights_lie(folder, weights):
