@@ -10,7 +10,8 @@ import timm.models
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.pretrained import Weights, WeightsError, weights_tables
+from backbones.pretrained import Weights, WeightsError
+from backbones.pretrained.families import all_weights
 from backbones.pretrained.load import Loaded, load
 
 from ._hub_config import check_model_args
@@ -152,7 +153,7 @@ def _locate(variant: str, cfg: PretrainedCfg) -> tuple[str, str | None]:
     """Where the weights of `cfg` lie, in the order of precedence that timm documents."""
     if cfg.file and cfg.source != "hf-hub":
         return str(cfg.file), None
-    for row in (row for table in weights_tables().values() for row in table):
+    for row in all_weights():
         place = row.urls[0] if row.direct else row.hub_id
         # timm prefers the hub to a URL, and writes some missing addresses as empty text
         if row.name == f"{variant}.{cfg.tag}" and place == (cfg.hf_hub_id or cfg.url or None):

@@ -13,9 +13,10 @@ import timm.models
 import torch
 from torch import Tensor, nn
 
-from backbones.pretrained import FAMILIES, Weights, WeightsError, convert_state_dict, weights_tables
-from backbones.pretrained.families import Family, family_of
+from backbones.pretrained import FAMILIES, Weights, WeightsError, convert_state_dict
+from backbones.pretrained.families import Family, all_weights, family_of
 from backbones.pretrained.load import Loaded
+from backbones.pretrained.mirrors import converted_key
 
 from ._registry import create_model
 from .catalog import find
@@ -67,7 +68,7 @@ def choose_model(loaded: Loaded, name: str | None) -> tuple[str, Weights | None]
     Raises:
         ValueError: It cannot be told, or there is no such model or tag.
     """
-    rows = [row for table in weights_tables().values() for row in table]
+    rows = all_weights()
     if name is None:
         found = [row for row in rows if row.name == loaded.official or loaded.key in keys_of(row)]
         found = found or [row for row in rows if PurePath(loaded.source).name in _file_names(row)]
@@ -97,7 +98,7 @@ def keys_of(weights: Weights) -> tuple[str, ...]:
         weights: Which ones.
     """
     hub = (f"hf-hub:{weights.hub_id}/{weights.filename}",) if weights.hub_id else ()
-    return (*weights.urls, *hub, f"converted:{weights.name}")
+    return (*weights.urls, *hub, converted_key(weights))
 
 
 def fit(state_dict: Mapping[str, Tensor], name: str, weights: Weights | None) -> Fitted:

@@ -16,6 +16,7 @@ import timm.models
 
 from backbones.ops import count_macs
 from backbones.pretrained import Weights, davit, maxvit, tic, weights_tables
+from backbones.pretrained.families import all_weights
 from backbones.pretrained.table import Paper
 
 from ._costs import COSTS
@@ -192,7 +193,7 @@ def weights_of(model: str) -> tuple[Weights, ...]:
     Args:
         model: Its name, without tag.
     """
-    return tuple(row for table in weights_tables().values() for row in table if row.model == model)
+    return tuple(row for row in all_weights() if row.model == model)
 
 
 def count(name: str) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from backbones.pretrained.card import UNKNOWN_LICENSE, model_card
 from backbones.pretrained.checksum import RECORDS, Record, record, sha256_of
 from backbones.pretrained.errors import reason
 from backbones.pretrained.load import Loaded, dtypes, load
+from backbones.pretrained.mirrors import converted_key
 
 from ._conversion import facts_of, summarize, which_copy
 from ._export import Fitted, check_loads, choose_model, fit, keys_of, write_config
@@ -266,7 +267,7 @@ def _record(loaded: Loaded, weights: Weights | None, written: Record, path: Path
     """Write down the hashes of official weights."""
     if weights is None:
         return "nothing: these are no official weights"
-    records = [(f"converted:{weights.name}", written)]
+    records = [(converted_key(weights), written)]
     if loaded.key in keys_of(weights):
         read = Record(loaded.sha256, loaded.size, loaded.revision)
         records.insert(0, (loaded.key, read))

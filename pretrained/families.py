@@ -48,6 +48,11 @@ def weights_tables() -> dict[str, tuple[Weights, ...]]:
     return {name: family.WEIGHTS for name, family in FAMILIES.items()}
 
 
+def all_weights() -> list[Weights]:
+    """The official weights of all families."""
+    return [row for table in weights_tables().values() for row in table]
+
+
 def find_weights(name: str) -> Weights:
     """Look up official weights.
 
@@ -57,7 +62,7 @@ def find_weights(name: str) -> Weights:
     Raises:
         WeightsError: No such weights.
     """
-    rows = [row for table in weights_tables().values() for row in table]
+    rows = all_weights()
     for row in rows:
         if name in (row.name, row.model):
             return row
@@ -72,8 +77,7 @@ def prefers_ema(location: str) -> bool:
     Args:
         location: A path or a URL, whose last part is the name of the file.
     """
-    rows = (row for table in weights_tables().values() for row in table if row.prefer_ema)
-    names = {PurePath(url).name for row in rows for url in row.urls}
+    names = {PurePath(url).name for row in all_weights() if row.prefer_ema for url in row.urls}
     return PurePath(location).name in names
 
 
