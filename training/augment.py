@@ -65,6 +65,7 @@ class View:
         std: Per channel, of values in 0..1.
         interpolation: Bilinear, bicubic, ...
         crop_pct: Side of the centre crop over side of the resized image.
+        crop_mode: How an oblong image becomes a square: timm's center, squash or border.
     """
 
     size: int
@@ -72,6 +73,7 @@ class View:
     std: tuple[float, ...]
     interpolation: str
     crop_pct: float
+    crop_mode: str = "center"
 
 
 def eval_transform(view: View) -> Transform:
@@ -82,6 +84,7 @@ def eval_transform(view: View) -> Transform:
         mean=view.mean,
         std=view.std,
         crop_pct=view.crop_pct,
+        crop_mode=view.crop_mode,
     )
 
 

@@ -36,6 +36,11 @@ class DataConfig:
     batch_size: int = option(64, "images per step over all processes")
     img_size: int | None = option(None, "input side in pixels; none: the model's, 32 for digits")
     crop_pct: float | None = option(None, "evaluation: crop side / image side; none: the model's")
+    crop_mode: str | None = option(
+        None,
+        "evaluation: crop the centre, squash or pad to a square; none: the model's",
+        choices=("center", "squash", "border"),
+    )
     interpolation: str | None = option(None, "evaluation: resizing; none: the model's")
     mean: tuple[float, ...] | None = option(None, "pixel mean per channel; none: the model's")
     std: tuple[float, ...] | None = option(None, "pixel deviation per channel; none: the model's")
@@ -99,6 +104,7 @@ def resolve_view(config: DataConfig, model: nn.Module) -> View:
         std=config.std or defaults["std"],
         interpolation=config.interpolation or defaults["interpolation"],
         crop_pct=config.crop_pct or defaults["crop_pct"],
+        crop_mode=config.crop_mode or defaults["crop_mode"],
     )
 
 

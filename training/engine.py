@@ -16,7 +16,7 @@ from .augment import BatchMixer
 from .checkpoint import Checkpoint
 from .data import Batch, check_labels
 from .keys import key, seed_step
-from .optim import clip_gradients, gradient_norm, make_ema, make_optimizer
+from .optim import clip_gradients, clipped_parameters, gradient_norm, make_ema, make_optimizer
 from .runtime import RuntimeConfig, World
 from .train_config import TrainConfig
 
@@ -60,6 +60,7 @@ class Engine:
         self.optimizer = make_optimizer(config.optim, model)
         self._seed = config.run.seed
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._clipped = clipped_parameters(config.optim, model)
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         self._precision = runtime.precision(world.device)
         self._layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
@@ -164,7 +165,7 @@ class Engine:
         return Agreement(total / count, failed == 0, stops > 0, bads / count)
 
     def _update(self, step: int, lr: float, norm: Tensor) -> None:
-        clip_gradients(self.optim, self._parameters, norm)
+        clip_gradients(self.optim, self._clipped, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self._scaler.step(self.optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -25,8 +26,13 @@ class OptimConfig:
     weight_decay: float = option(0.025, "on weights, not on biases and norms")
     betas: tuple[float, ...] | None = option(None, "Adam's; none: the optimizer's default")
     eps: float | None = option(None, "Adam's; none: the optimizer's default")
+    momentum: float | None = option(None, "SGD's; none: the optimizer's default")
+    layer_decay: float | None = option(
+        None, "factor of the learning rate from a layer to the one below it; none: 1"
+    )
     clip: float | None = option(1.0, "gradient clipping; none: off")
     clip_mode: str = option("norm", "what is clipped", choices=("norm", "value", "agc"))
+    clip_head: bool = option(True, "agc: clip the gradients of the classifier too")
     accumulate: int = option(1, "micro-batches per step")
     max_skips: int = option(20, "non-finite steps in a row before the run stops", may_change=True)
 
@@ -34,6 +40,14 @@ class OptimConfig:
         require(self.lr > 0, f"--lr must be positive, not {self.lr}")
         require(self.weight_decay >= 0, f"--weight-decay is negative: {self.weight_decay}")
         require(self.clip is None or self.clip > 0, f"--clip must be positive, not {self.clip}")
+        require(
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            f"--layer-decay must lie between 0 and 1, not {self.layer_decay}",
+        )
+        require(
+            self.clip_head or self.clip_mode == "agc",
+            f"--no-clip-head needs --clip-mode agc, not {self.clip_mode}",
+        )
         require(self.accumulate >= 1, f"--accumulate must be at least 1, not {self.accumulate}")
         require(self.max_skips >= 1, f"--max-skips must be at least 1, not {self.max_skips}")
 
@@ -61,7 +75,8 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
     """
     if config.name not in list_optimizers():
         raise UsageError(f"unknown optimizer {config.name}: one of {', '.join(list_optimizers())}")
-    given = {"betas": config.betas, "eps": config.eps}
+    names = ("betas", "eps", "momentum", "layer_decay")
+    given = {name: getattr(config, name) for name in names}
     try:
         return create_optimizer_v2(
             model,
@@ -81,6 +96,13 @@ def make_ema(config: EmaConfig, model: nn.Module) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=config.decay, use_warmup=config.warmup)
 
 
+def clipped_parameters(config: OptimConfig, model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `model` in training whose gradients are clipped."""
+    head: Any = None if config.clip_head else model.get_classifier()
+    spared = set() if head is None else {id(p) for p in head.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in spared]
+
+
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a scalar on their device."""
     return get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -91,8 +113,8 @@ def clip_gradients(config: OptimConfig, parameters: Sequence[Tensor], norm: Tens
 
     Args:
         config: The limit and its meaning.
-        parameters: All of the model's, the classifier's too (agc).
-        norm: Their `gradient_norm`.
+        parameters: The `clipped_parameters`.
+        norm: The `gradient_norm` of all.
     """
     if config.clip is None:
         return

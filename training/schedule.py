@@ -14,6 +14,7 @@ class ScheduleConfig:
 
     name: str = option("cosine", "course after the warm-up", choices=("cosine", "step", "constant"))
     epochs: int = option(12, "length of the training, warm-up included")
+    cooldown_epochs: int = option(0, "more epochs after these, at min_lr")
     warmup_epochs: float = option(1.0, "linear warm-up")
     warmup_lr: float = option(1e-6, "learning rate at the first step of the warm-up")
     min_lr: float = option(1e-5, "learning rate at the end of the cosine")
@@ -32,14 +33,20 @@ class ScheduleConfig:
             0 <= self.warmup_epochs < self.epochs,
             f"--warmup-epochs {self.warmup_epochs} must be less than --epochs {self.epochs}",
         )
+        require(self.cooldown_epochs >= 0, f"--cooldown-epochs is negative: {self.cooldown_epochs}")
         require(self.step_epochs > 0, f"--step-epochs must be positive, not {self.step_epochs}")
+
+    @property
+    def total_epochs(self) -> int:
+        """Length of the run, cooldown included."""
+        return self.epochs + self.cooldown_epochs
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoch: int) -> float:
     """The learning rate of one step.
 
     With `per: epoch` the rate stays constant within an epoch, as in timm and DeiT. Also as there,
-    the cosine spans all epochs, and the warm-up covers its beginning.
+    the cosine spans all epochs but the cooldown, and the warm-up covers its beginning.
 
     Args:
         config: The course.
@@ -50,6 +57,8 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps_per_epoc
     time = step // steps_per_epoch if config.per == "epoch" else step / steps_per_epoch
     if time < config.warmup_epochs:
         return config.warmup_lr + (peak - config.warmup_lr) * time / config.warmup_epochs
+    if time >= config.epochs:
+        return config.min_lr
     if config.name == "constant":
         return peak
     if config.name == "step":

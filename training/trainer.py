@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -23,7 +24,7 @@ from .data import (
     resolve_view,
 )
 from .engine import Agreement, Engine
-from .errors import DivergedError, InterruptedRunError, RunError, UsageError
+from .errors import DivergedError, InterruptedRunError, StorageError, UsageError, WorkerError
 from .evaluate import Evaluator
 from .keys import key, seed_step
 from .model import (
@@ -62,7 +63,7 @@ class Trainer:
             config.run.seed,
             config.augment.repeats,
         )
-        self.total = self.order.steps_per_epoch * config.schedule.epochs
+        self.total = self.order.steps_per_epoch * config.schedule.total_epochs
         self.console = Console(world.first, self.order.steps_per_epoch)
         self.progress = Progress()
         self.stop = StopRequest()
@@ -82,10 +83,12 @@ class Trainer:
         self._announce()
         try:
             self._loop()
-        except RunError as error:
+        except Exception as error:
             self.console.clear()
             state = "interrupted" if isinstance(error, InterruptedRunError) else "failed"
-            self._write_status(state, str(error))
+            # on a full disk the error that says so counts
+            with contextlib.suppress(StorageError):
+                self._write_status(state, str(error))
             raise
 
     def _build(self) -> None:
@@ -128,6 +131,7 @@ class Trainer:
             loaded = checkpoint.load(path)
             self.engine.restore(loaded)
             self.progress = Progress(**loaded.meta["progress"])
+            self.bad.indices.update(loaded.meta["bad_images"])
             self.folder.read_rows(self.progress.step)
             self.console.say(f"resuming {self.folder.path} at step {self.progress.step}")
         elif self.world.first:
@@ -142,19 +146,19 @@ class Trainer:
             f"{len(splits.val)} held-out images, {self.num_classes} classes"
         )
         self.console.say(
-            f"{self.config.schedule.epochs} epochs of {self.order.steps_per_epoch} steps, "
+            f"{self.config.schedule.total_epochs} epochs of {self.order.steps_per_epoch} steps, "
             f"{self.order.batch_size} images a step, {self.world}; files in {self.folder.path}"
         )
 
     def _loop(self) -> None:
         progress, per_epoch = self.progress, self.order.steps_per_epoch
-        batches = self._load(progress.step)
+        self._batches_left = self._load(progress.step)
         while True:
             if progress.step % per_epoch == 0 and progress.step > progress.evaluated:
                 self._finish_epoch()
             if progress.step == self.total:
                 break
-            agreed = self._step(batches)
+            agreed = self._step()
             if agreed.stop:
                 self._interrupt()
             every = self.config.run.checkpoint_every
@@ -162,10 +166,10 @@ class Trainer:
                 self._save()
         self._finish()
 
-    def _step(self, batches: Iterator[Batch]) -> Agreement:
+    def _step(self) -> Agreement:
         progress, config = self.progress, self.config
         begin = time.monotonic()
-        micro = [next(batches) for _ in range(config.optim.accumulate)]
+        micro = self._fetch()
         waited = time.monotonic() - begin
         for _, _, failed in micro:
             self.bad.add(failed)
@@ -182,6 +186,18 @@ class Trainer:
             self._check_bad_files()
         return agreed
 
+    def _fetch(self) -> list[Batch]:
+        count = self.config.optim.accumulate
+        try:
+            return [next(self._batches_left) for _ in range(count)]
+        except RuntimeError as error:
+            if WorkerError.SIGN not in str(error):
+                raise
+        # the order and the views are functions of the step: nothing is lost or seen twice
+        self.console.say("warning: a loading process was killed: starting new ones")
+        self._batches_left = self._load(self.progress.step)
+        return [next(self._batches_left) for _ in range(count)]
+
     def _count(self, agreed: Agreement) -> None:
         progress, config = self.progress, self.config
         if agreed.finite:
@@ -189,7 +205,7 @@ class Trainer:
             progress.steps += 1
             progress.streak = 0
             epoch, place = divmod(progress.step - 1, self.order.steps_per_epoch)
-            label = f"epoch {epoch + 1}/{config.schedule.epochs}"
+            label = f"epoch {epoch + 1}/{config.schedule.total_epochs}"
             self.console.advance(label, place + 1, agreed.loss)
             return
         progress.skipped += 1
@@ -215,7 +231,7 @@ class Trainer:
         progress.total_seconds += time.monotonic() - begin
         row = make_row(progress, self.order, self._lr(progress.step - 1), score, averaged, self.bad)
         progress.finish_epoch(row)
-        self.console.say(epoch_line(row, self.config.schedule.epochs))
+        self.console.say(epoch_line(row, self.config.schedule.total_epochs))
         if self.world.first:
             self.folder.add_row(row)
         if math.isfinite(row.val_loss):
@@ -244,10 +260,14 @@ class Trainer:
 
     def _save(self, *, proven: bool = False) -> None:
         # what led to a non-finite step may be in the weights: the last good checkpoint stays
-        if not self.world.first or (self.progress.streak and not proven):
+        if self.progress.streak and not proven:
+            return
+        bad = sorted(set().union(*self.world.gather(self.bad.indices)))
+        if not self.world.first:
             return
         meta: dict[str, Any] = {
             "progress": dataclasses.asdict(self.progress),
+            "bad_images": bad,
             "model": self.config.model.name,
             "view": dataclasses.asdict(self.view),
             "classes": list(self.splits.classes or ()),

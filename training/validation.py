@@ -65,7 +65,7 @@ def checkpoint_settings(location: str | None) -> dict[str, Any]:
     view = meta["view"]
     known: dict[str, Any] = {
         "data.img_size": view["size"],
-        **{f"data.{name}": view[name] for name in ("mean", "std", "interpolation", "crop_pct")},
+        **{f"data.{name}": value for name, value in view.items() if name != "size"},
     }
     for setting in settings(ValidateConfig).values():
         group = meta["config"].get(setting.group, {})
