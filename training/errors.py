@@ -5,7 +5,7 @@
 | 0 | done |
 | 2 | bad usage, settings or data |
 | 3 | diverged: too many non-finite steps in a row |
-| 4 | out of memory |
+| 4 | out of memory, or a loading process was killed |
 | 5 | storage: disk full, or the folder cannot be written |
 | 75 | interrupted by a signal, progress saved: start the same command again |
 """
@@ -43,6 +43,13 @@ class OutOfMemoryError(RunError):
     exit_code = 4
 
 
+class WorkerError(RunError):
+    """A loading process was killed, twice in a row or while the model was computing."""
+
+    exit_code = 4
+    SIGN = "DataLoader worker (pid"
+
+
 class StorageError(RunError):
     """The run folder cannot be written."""
 
@@ -58,6 +65,10 @@ class InterruptedRunError(RunError):
 _MEMORY_ADVICE = (
     "out of memory: use a smaller --batch-size, or --accumulate 2 (same batch, half the memory), "
     "--amp bf16, --grad-checkpointing, or a smaller --img-size"
+)
+_WORKER_ADVICE = (
+    "a loading process was killed, most likely because the memory is full: use fewer --workers or "
+    "a smaller --batch-size, and start the same command again to go on from the last checkpoint"
 )
 
 
@@ -76,6 +87,8 @@ def run_command(command: Callable[[], None]) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         return _report(OutOfMemoryError(_MEMORY_ADVICE))
     except RuntimeError as error:
+        if WorkerError.SIGN in str(error):
+            return _report(WorkerError(_WORKER_ADVICE))
         if "can't allocate memory" not in str(error):
             raise
         return _report(OutOfMemoryError(_MEMORY_ADVICE))

@@ -167,7 +167,7 @@ class Trainer:
         self._finish()
 
     def _step(self) -> Agreement:
-        progress, config = self.progress, self.config
+        progress = self.progress
         begin = time.monotonic()
         micro = self._fetch()
         waited = time.monotonic() - begin
