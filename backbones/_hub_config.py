@@ -48,8 +48,8 @@ _DEPTHS = ("depth", "depths", "focus_depths")
 _RANGES |= dict.fromkeys(_WIDTHS, (1, 8192)) | dict.fromkeys(_DEPTHS, (0, 256))
 _WORDS = {"global_pool", "pyramid", "pool", "shift", "style"}
 _FLAGS = {
-    "attn_proj", "aux_head", "channel_attn_v2", "named_blocks", "parallel", "patches", "pointwise",
-    "reparam",
+    "attn_proj", "aux_head", "channel_attn_v2", "distilled", "named_blocks", "parallel", "patches",
+    "pointwise", "reparam",
 }  # fmt: skip
 # blocks times width squared: about a twelfth of the parameters; DaViT-giant has 1.6e8
 _MAX_SIZE = 4e8

@@ -11,8 +11,8 @@ forward network per block, all with BatchNorm. Parameter names are timm's.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from backbones.ops import partial_attention, partial_attention_reference
 from backbones.pretrained import convert_state_dict
-from backbones.pretrained.shvit import WEIGHTS
+from backbones.pretrained.shvit import WEIGHTS, rename, to_ours
 
 from ._backbone import Backbone
 from ._builder import build_model, generate_cfgs
@@ -216,12 +216,17 @@ class SHViT(Backbone):
         num_classes: Classes, 0 for no classifier.
         global_pool: Pooling before the classifier: "avg", "max", "avgmax", or "" for none.
         drop_rate: Dropout before the classifier.
+        distilled: Add a second classifier, which learns from a teacher; the logits are the mean of
+            the two.
         device: Where parameters are made.
         dtype: Their type.
 
     Raises:
         ValueError: A pooling that changes the width.
     """
+
+    if TYPE_CHECKING:
+        head_dist: NormLinear | None
 
     def __init__(
         self,
@@ -232,12 +237,13 @@ class SHViT(Backbone):
         num_classes: int = 1000,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        distilled: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(in_chans, num_classes)
         dd = {"device": device, "dtype": dtype}
-        self.drop_rate = drop_rate
+        self.drop_rate, self.distilled, self.distilled_training = drop_rate, distilled, False
         stem = [in_chans, *(embed_dim[0] // divisor for divisor in (8, 4, 2, 1))]
         layers: list[nn.Module] = []
         for in_dim, out_dim in itertools.pairwise(stem):
@@ -266,6 +272,9 @@ class SHViT(Backbone):
         self.head = (
             NormLinear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
         )
+        self.head_dist = None
+        if self.distilled and num_classes:
+            self.head_dist = NormLinear(self.head_hidden_size, num_classes, **dd)
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` at a sixteenth of their size."""
@@ -279,17 +288,36 @@ class SHViT(Backbone):
             pre_logits: Return the pooled features `(B, head_hidden_size)` instead.
 
         Returns:
-            Logits `(B, num_classes)`.
+            Logits `(B, num_classes)`; after `set_distilled_training()`, in training, those of both
+            classifiers, the second for the teacher's classes.
         """
         x = self.flatten(self.global_pool(x))
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.head(x)
+        if pre_logits:
+            return x
+        logits = self.head(x)
+        if self.head_dist is None:
+            return logits
+        distilled = self.head_dist(x)
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            return logits, distilled
+        return (logits + distilled) / 2
 
     @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """Return the linear classifier, an Identity if there is none."""
-        return getattr(self.head, "l", self.head)
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Choose what a model with two classifiers returns in training.
+
+        Args:
+            enable: The logits of both, else their mean.
+        """
+        self.distilled_training = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """Return the linear classifier, an Identity if there is none; both of a distilled model."""
+        classifier: nn.Module = getattr(self.head, "l", self.head)
+        return classifier if self.head_dist is None else (classifier, self.head_dist.l)
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -302,8 +330,18 @@ class SHViT(Backbone):
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         like = next(self.parameters())
         self._set_head(num_classes, pool, device=like.device, dtype=like.dtype)
-        for module in (self.global_pool, self.flatten, self.head):
-            module.train(self.training)
+        for module in (self.global_pool, self.flatten, self.head, self.head_dist):
+            if module is not None:
+                module.train(self.training)
+
+    @torch.jit.ignore
+    def rename_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring an official state dict to our names, both of its classifiers if there are two.
+
+        Args:
+            weights: Name -> tensor, unwrapped.
+        """
+        return rename(weights) if self.head_dist is not None else to_ours(weights)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -320,12 +358,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return convert_state_dict(state_dict, model, require_head=False)
 
 
+_CLASSIFIERS = ("head.l", "head_dist.l")
+
 default_cfgs = generate_cfgs(
     WEIGHTS, pool_size=(4, 4), first_conv="patch_embed.0.c", classifier="head.l"
 )
 
 
 def _create_shvit(variant: str, pretrained: bool, args: dict[str, Any], **kwargs: Any) -> SHViT:
+    if kwargs.get("distilled"):
+        overlay = {**(kwargs.get("pretrained_cfg_overlay") or {}), "classifier": _CLASSIFIERS}
+        kwargs["pretrained_cfg_overlay"] = overlay
     return build_model(
         SHViT,
         variant,

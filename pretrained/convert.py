@@ -21,8 +21,9 @@ def convert_state_dict(
     Args:
         state_dict: Weights of the model's family under official, timm's or our names; bare, or
             wrapped as training scripts do (see `unwrap`).
-        model: What the weights are for. It is not changed. Its `adapt_weights`, if it has one,
-            brings weights under our names to its form.
+        model: What the weights are for. It is not changed. Its `rename_weights`, if it has one,
+            stands for the `to_ours` of its family; its `adapt_weights` brings weights under our
+            names to its form.
         require_head: Whether the classifier must be there and fit. Without it, as the filter of
             timm's loader, a missing classifier, another number of classes and another number of
             input channels pass: timm adapts them next.
@@ -34,7 +35,8 @@ def convert_state_dict(
         WeightsError: Tensors are missing, left over or of the wrong shape; the message names them.
     """
     target = {name: value.shape for name, value in model.state_dict().items()}
-    given = family_of(model).to_ours(unwrap(state_dict))
+    to_ours = getattr(model, "rename_weights", None) or family_of(model).to_ours
+    given = to_ours(unwrap(state_dict))
     adapt = getattr(model, "adapt_weights", None)
     if adapt is not None:
         given = adapt(given)

@@ -72,9 +72,18 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         state_dict: Name -> tensor, unwrapped.
     """
-    ours = {_our_name(name): value for name, value in state_dict.items()}
+    ours = rename(state_dict)
     distilled = all(f"{head}.{name}" in ours for head in ("head", "head_dist") for name in _HEAD)
     return _merge_heads(ours) if distilled else ours
+
+
+def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors as `to_ours` does, and keep both classifiers of a distilled model.
+
+    Args:
+        state_dict: Name -> tensor, unwrapped.
+    """
+    return {_our_name(name): value for name, value in state_dict.items()}
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

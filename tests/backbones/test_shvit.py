@@ -133,3 +133,37 @@ def test_layers_for_layer_decay():
     assert len(groups) == 1 + 2 + 4 + 5 + 1
     coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
     assert len(coarse) == 1 + 3 + 1
+
+
+def test_two_classifiers_for_distillation():
+    official = golden.load("shvit_s1")
+    weights = golden.state_dict(official["manifest"] | official["distilled_extra"])
+    plain = timm.create_model("shvit_s1").double().eval()
+    model = timm.create_model("shvit_s1", distilled=True).double()
+    for each in (plain, model):
+        each.load_state_dict(convert_state_dict(weights, each))
+    x = golden.image((2, 3, 64, 96))
+    assert relative_error(model.eval()(x), plain(x)) < 1e-12
+    # the mean in training too, unless a teacher is there
+    assert model.train()(x).shape == (2, 1000)
+    model.set_distilled_training()
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    labels, teacher = model(x)
+    assert torch.equal(labels, model.head(pooled))
+    assert torch.equal(teacher, model.head_dist(pooled))
+    assert model.eval()(x).shape == (2, 1000)
+    assert relative_error(model.fuse()(x), plain(x)) < 1e-11
+
+
+def test_the_second_classifier_begins_fresh_and_follows_the_first():
+    plain = timm.create_model("shvit_s1").state_dict()
+    model = timm.create_model("shvit_s1", distilled=True, num_classes=5)
+    given = convert_state_dict(plain, model, require_head=False)
+    assert model.state_dict().keys() - given.keys() == {
+        name for name in model.state_dict() if name.startswith("head_dist.")
+    }
+    assert model.get_classifier() == (model.head.l, model.head_dist.l)
+    model.reset_classifier(3)
+    assert [layer.out_features for layer in model.get_classifier()] == [3, 3]
+    model.reset_classifier(0)
+    assert model.head_dist is None and isinstance(model.get_classifier(), nn.Identity)
