@@ -33,10 +33,10 @@ class _Noise:
         return f"noise {index}"
 
 
-def _evaluator(batch_size):
+def _evaluator(batch_size, **options):
     config = parse(TrainConfig, [f"batch_size={batch_size}"], program="train.py").config
     world = World(torch.device("cpu"))
-    return Evaluator(_Noise(), VIEW, config.data, config.runtime, world)
+    return Evaluator(_Noise(), VIEW, config.data, config.runtime, world, **options)
 
 
 def _model():
@@ -77,3 +77,38 @@ def test_the_model_keeps_its_mode_and_its_statistics():
 def test_an_evaluation_can_be_stopped():
     with pytest.raises(InterruptedRunError):
         _evaluator(8).score(_model(), stop=lambda: True)
+
+
+def test_the_answers_name_each_readable_image_once():
+    model, source = _model(), _Noise()
+    evaluator = _evaluator(8)
+    score = evaluator.score(model)
+    answers = evaluator.answers()
+    assert answers.shape == (51, 7)
+    assert sorted(answers[:, 0].tolist()) == sorted(set(range(53)) - {11, 52})
+    assert all(source.load(image)[1] == label for image, label in answers[:, :2].tolist())
+    assert int((answers[:, 1] == answers[:, 2]).sum()) == score.top1
+    evaluator.score(model)
+    assert torch.equal(evaluator.answers(), answers)
+
+
+def test_a_flip_averages_the_logits_of_both_sides():
+    model = _model()
+
+    class Both(nn.Module):
+        def forward(self, x):
+            return (model(x) + model(x.flip(-1))) / 2
+
+    flipped, both = _evaluator(8, flip=True).score(model), _evaluator(8).score(Both())
+    assert (flipped.top1, flipped.top5) == (both.top1, both.top5)
+    assert flipped.loss == pytest.approx(both.loss, rel=1e-6)
+    assert flipped.loss != pytest.approx(_evaluator(8).score(model).loss, rel=1e-3)
+
+
+def test_what_fails_is_raised_with_its_own_type():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise MemoryError("of this model")
+
+    with pytest.raises(MemoryError, match="of this model"):
+        _evaluator(8).score(Broken())
