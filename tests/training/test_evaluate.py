@@ -93,7 +93,7 @@ def test_the_answers_name_each_readable_image_once():
 
 
 def test_a_flip_averages_the_logits_of_both_sides():
-    model = _model()
+    model = _model().eval()
 
     class Both(nn.Module):
         def forward(self, x):
