@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -321,4 +322,8 @@ class Trainer:
         loader = make_loader(
             self.splits.train, transform, batches, config.data, self.world, config.run.seed
         )
-        return iter(loader)
+        iterator = iter(loader)
+        if hasattr(signal, "SIGCHLD"):
+            # PyTorch's handler raises wherever the run is when a worker dies; `next` notices too
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return iterator
