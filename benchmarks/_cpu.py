@@ -115,13 +115,14 @@ def run(
         rows.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if arguments.write:
-        _write(result, rows)
+        head = {"cpu": processor(), "threads": 1, "dtype": "float32", "torch": torch.__version__}
+        write(result, head, rows)
         print(f"wrote {result}")
     return 0
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    head = {"cpu": processor(), "threads": 1, "dtype": "float32", "torch": torch.__version__}
+def write(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write a result as JSON: the fields of `head`, then `rows`, one a line."""
     fields = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.write_text(f'{{\n{fields} "rows": [\n{lines}\n ]\n}}\n')

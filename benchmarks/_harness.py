@@ -66,8 +66,13 @@ def environment(commit: str | None) -> dict[str, str]:
         "driver": _output(ask) or "unknown",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit or _output(["git", "describe", "--always", "--dirty"]) or "unknown",
+        "commit": commit or head_commit(),
     }
+
+
+def head_commit() -> str:
+    """The commit of this checkout, marked `-dirty` where files differ from it."""
+    return _output(["git", "describe", "--always", "--dirty"]) or "unknown"
 
 
 def _output(command: list[str]) -> str:
