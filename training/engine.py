@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .augment import BatchMixer
 from .checkpoint import Checkpoint
 from .data import Batch, check_labels
 from .keys import key, seed_step
+from .losses import Teacher, TrainingLoss
 from .optim import clip_gradients, clipped_parameters, gradient_norm, make_ema, make_optimizer
-from .runtime import RuntimeConfig, World
+from .parallel import (
+    average,
+    distribute,
+    gradient_sync,
+    load_model,
+    load_optimizer,
+    shard,
+    sync_batch_norm,
+    whole,
+)
+from .runtime import World
 from .train_config import TrainConfig
 
 
@@ -46,17 +54,28 @@ class Engine:
         num_classes: Width of the classifier.
         config: The settings of the run.
         world: The processes.
+        teacher: Whom the model learns from beside the labels.
     """
 
     def __init__(
-        self, model: nn.Module, num_classes: int, config: TrainConfig, world: World
+        self,
+        model: nn.Module,
+        num_classes: int,
+        config: TrainConfig,
+        world: World,
+        teacher: Teacher | None = None,
     ) -> None:
         runtime, augment = config.runtime, config.augment
+        if runtime.sync_bn and world.size > 1:
+            model = sync_batch_norm(model, world.device)
         self.model = model
         self.num_classes = num_classes
         self.world = world
         self.optim = config.optim
         self.ema = make_ema(config.ema, model)
+        self._sharded = runtime.shards(world)
+        for module in (model, self.ema and self.ema.module) if self._sharded else ():
+            shard(module, runtime, world)
         self.optimizer = make_optimizer(config.optim, model)
         self._seed = config.run.seed
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -67,9 +86,10 @@ class Engine:
         scales = self._precision is torch.float16 and world.device.type == "cuda"
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=scales)
         self._mixer = BatchMixer(augment, num_classes) if augment.mixes else None
-        self._smoothing = 0.0 if augment.mixes else augment.smoothing
-        self._aux_weight = config.model.aux_weight
-        self._network = self._wrap(runtime)
+        smoothing = 0.0 if augment.mixes else augment.smoothing
+        self._criterion = TrainingLoss(smoothing, config.model.aux_weight, config.distill)
+        self._teacher = teacher
+        self._network = distribute(model, runtime, world)
 
     def step(
         self, batches: Sequence[Batch], step: int, lr: float, stop: bool, bad: int
@@ -98,36 +118,29 @@ class Engine:
         return agreed
 
     def state(self, meta: dict[str, Any]) -> Checkpoint:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on, of use in the first process; all must ask."""
+        optim = {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        keep = self.world.first
         return Checkpoint(
-            model=self.model.state_dict(),
-            ema=self.ema.module.state_dict() if self.ema else None,
-            optim={"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()},
+            model=whole(self.model.state_dict(), keep=keep),
+            ema=whole(self.ema.module.state_dict(), keep=keep) if self.ema else None,
+            optim=whole(optim, keep=keep),
             meta=meta,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from `checkpoint`, which another engine with the same settings has written."""
-        self.model.load_state_dict(dict(checkpoint.model))
+        load_model(self.model, checkpoint.model)
         if self.ema is not None and checkpoint.ema is not None:
-            self.ema.module.load_state_dict(dict(checkpoint.ema))
-        self.optimizer.load_state_dict(checkpoint.optim["optimizer"])
+            load_model(self.ema.module, checkpoint.ema)
+        load_optimizer(self.optimizer, checkpoint.optim["optimizer"])
         self._scaler.load_state_dict(checkpoint.optim["scaler"])
-
-    def _wrap(self, runtime: RuntimeConfig) -> nn.Module:
-        network = self.model
-        if runtime.compile:
-            network = cast(nn.Module, torch.compile(network, dynamic=False))
-        if self.world.size == 1:
-            return network
-        devices = [self.world.device] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices)
 
     def _backward(self, batches: Sequence[Batch], step: int) -> Tensor:
         losses = []
         for micro, (images, labels, _) in enumerate(batches):
             place = (step, micro, self.world.rank)
-            with self._reduce_gradients(micro == len(batches) - 1):
+            with gradient_sync(self._network, micro == len(batches) - 1):
                 loss = self._loss(images, labels, place) / len(batches)
                 self._scaler.scale(loss).backward()
             losses.append(loss.detach().float())
@@ -142,19 +155,9 @@ class Engine:
             inputs, targets = self._mixer(inputs, targets, key(self._seed, "mix", *place))
         seed_step(key(self._seed, "net", *place))
         with torch.autocast(device.type, self._precision, enabled=self._precision is not None):
+            taught = None if self._teacher is None else self._teacher(inputs)
             output = self._network(inputs)
-        if not self._aux_weight:
-            return self._cross_entropy(output, targets)
-        main, aux = (self._cross_entropy(output[name], targets) for name in ("main", "aux"))
-        return main + self._aux_weight * aux
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), targets, label_smoothing=self._smoothing)
-
-    def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        if last or not isinstance(self._network, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self._network.no_sync()
+        return self._criterion(output, targets, taught)
 
     def _agree(self, loss: Tensor, norm: Tensor, stop: bool, bad: int) -> Agreement:
         value, size = torch.stack([loss, norm.to(loss.dtype)]).tolist()
@@ -165,12 +168,13 @@ class Engine:
         return Agreement(total / count, failed == 0, stops > 0, bads / count)
 
     def _update(self, step: int, lr: float, norm: Tensor) -> None:
-        clip_gradients(self.optim, self._clipped, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        self._scaler.step(self.optimizer)
+        with explained(self._sharded, self.optim.name, self.optim.clip_mode):
+            clip_gradients(self.optim, self._clipped, norm)
+            self._scaler.step(self.optimizer)
         if self.ema is not None:
-            self.ema.update(self.model, step=step + 1)
+            average(self.ema, self.model, step + 1)
 
     def _save_buffers(self) -> Tensor | None:
         if not self._buffers:

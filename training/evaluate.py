@@ -94,7 +94,7 @@ class Evaluator:
         Raises:
             InterruptedRunError: Some process was asked to stop.
         """
-        was_training = model.training
+        training = [module for module in model.modules() if module.training]
         model.eval()
         self.world.share_buffers(model)
         self._answers = []
@@ -111,7 +111,9 @@ class Evaluator:
             except Exception as error:  # raised before the next batch, in all processes
                 failure = error
         fail_together(self.world, failure)
-        model.train(was_training)
+        for module in training:
+            # not train(), which would wake what is frozen
+            module.training = True
         top1, top5, loss, images = self.world.sum(total.tolist())
         return Score(int(top1), int(top5), loss, int(images))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,11 @@ UNUSABLE = (ValueError, TypeError, RuntimeError, OSError)
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and where its weights come from."""
+    """Which model."""
 
     name: str = option("shvit_s1", "any model of backbones or timm")
     pretrained: bool = option(False, "take the official weights")
-    checkpoint: str | None = option(
-        None, "take the weights of a file, a run folder, a URL, or hf-hub:org/repo"
-    )
     num_classes: int | None = option(None, "width of the classifier; none: what the data has")
-
-    def __post_init__(self) -> None:
-        require(
-            not (self.pretrained and self.checkpoint),
-            "--pretrained and --checkpoint both choose the weights: use one",
-        )
 
 
 @dataclass(frozen=True)
@@ -50,22 +40,22 @@ class TrainModelConfig(ModelConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(self.aux_weight >= 0, f"--aux-weight {self.aux_weight} must not be negative")
 
 
 def build_model(
-    config: TrainModelConfig, num_classes: int, say: Callable[[str], None]
+    config: TrainModelConfig, num_classes: int, *, distilled: bool = False
 ) -> nn.Module:
-    """Build the model and load its first weights.
+    """Build the model to train.
 
     Args:
-        config: Which model and weights.
+        config: Which one.
         num_classes: Width of the classifier.
-        say: Told in one line what was loaded, and what was not.
+        distilled: A teacher is there: with a second classifier for what it says, if the model can
+            have one.
 
     Raises:
-        UsageError: An unknown name, or weights that cannot be had or do not fit.
+        UsageError: An unknown name, or weights that cannot be had.
     """
     try:
         model: Any = create(
@@ -74,16 +64,16 @@ def build_model(
             num_classes=num_classes,
             drop_path_rate=config.drop_path,
             aux_head=True if config.aux_weight else None,
+            distilled=True if distilled and config.name.startswith("shvit") else None,
         )
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
-        if config.checkpoint is not None:
-            fresh = load_into(model, config.checkpoint)
-            say(f"weights from {config.checkpoint}" + _fresh_note(fresh))
     except UNUSABLE as error:
         if isinstance(error, TypeError) and "aux_head" in str(error):
             raise UsageError(f"--aux-weight: {config.name} has no auxiliary classifier") from error
         raise UsageError(str(error)) from error
+    if distilled and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training()
     return model
 
 
@@ -106,13 +96,16 @@ def fit_input_size(model: Any, img_size: int) -> None:
         raise UsageError(f"--img-size {img_size}: {error}") from error
 
 
-def load_into(model: nn.Module, location: str, *, ema: bool = False) -> list[str]:
+def load_into(
+    model: nn.Module, location: str, *, ema: bool = False, classifier: bool = True
+) -> list[str]:
     """Load weights into `model`; a classifier of another width keeps its fresh values.
 
     Args:
         model: What to fill.
         location: A weight file, a run or checkpoint folder, a URL, or `hf-hub:org/repo`.
         ema: Take the moving average where there is one.
+        classifier: Load the classifier too, if it fits.
 
     Returns:
         The tensors that were not loaded: those of the classifier, or none.
@@ -127,9 +120,15 @@ def load_into(model: nn.Module, location: str, *, ema: bool = False) -> list[str
         except WeightsError as error:
             raise WeightsError(f"{location}: {error}") from error
     target = model.state_dict()
-    fitting = {k: v for k, v in given.items() if k in target and v.shape == target[k].shape}
+    layers = _classifier_names(model)
+    unwanted = () if classifier else tuple(f"{layer}." for layer in layers)
+    fitting = {
+        name: value
+        for name, value in given.items()
+        if name in target and value.shape == target[name].shape and not name.startswith(unwanted)
+    }
     fresh = [name for name in target if name not in fitting]
-    heads = _classifier_names(model)
+    heads = tuple(f"{layer.split('.')[0]}." for layer in layers)
     wrong = [name for name in (*fresh, *(given.keys() - target)) if not name.startswith(heads)]
     if wrong:
         raise WeightsError(
@@ -147,8 +146,18 @@ def checkpoint_folder(location: str) -> Path | None:
     return path if (path / checkpoint.META).is_file() else checkpoint.latest(path / "ckpt")
 
 
+def checkpoint_meta(location: str | None) -> dict[str, Any]:
+    """What a checkpoint of ours says of itself; nothing of any other weights.
+
+    Args:
+        location: A run folder, a checkpoint folder, or a file in it.
+    """
+    folder = checkpoint_folder(location) if location else None
+    return checkpoint.read_meta(folder) if folder else {}
+
+
 def count_parameters(model: nn.Module) -> int:
-    """The number of trainable values."""
+    """The number of values that are learnt, whether or not they are frozen now."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -171,8 +180,4 @@ def _read(location: str, ema: bool) -> dict[str, Tensor]:
 def _classifier_names(model: nn.Module) -> tuple[str, ...]:
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else names
-    return tuple(f"{name.split('.')[0]}." for name in names)
-
-
-def _fresh_note(fresh: list[str]) -> str:
-    return f"; freshly initialised: {', '.join(fresh)}" if fresh else ""
+    return tuple(names)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .augment import AugmentConfig
+from .config import require
 from .data import DataConfig
+from .finetune import FinetuneConfig
+from .losses import DistillConfig
 from .model import TrainModelConfig
 from .optim import EmaConfig, OptimConfig
 from .run_folder import RunConfig
@@ -20,8 +23,16 @@ class TrainConfig:
     model: TrainModelConfig
     data: DataConfig
     augment: AugmentConfig
+    distill: DistillConfig
+    finetune: FinetuneConfig
     optim: OptimConfig
     schedule: ScheduleConfig
     ema: EmaConfig
     runtime: RuntimeConfig
     run: RunConfig
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.model.pretrained and self.finetune.source),
+            "--pretrained and --finetune both choose the weights: use one",
+        )

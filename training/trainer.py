@@ -27,7 +27,9 @@ from .data import (
 from .engine import Agreement, Engine
 from .errors import DivergedError, InterruptedRunError, StorageError, UsageError, WorkerError
 from .evaluate import Evaluator
+from .finetune import freeze, load_trained
 from .keys import key, seed_step
+from .losses import build_teacher
 from .model import (
     build_model,
     count_parameters,
@@ -95,9 +97,13 @@ class Trainer:
     def _build(self) -> None:
         config, world = self.config, self.world
         seed_step(key(config.run.seed, "init"))
-        model = build_model(config.model, self.num_classes, self.console.say)
+        distilled = config.distill.teacher is not None
+        model = build_model(config.model, self.num_classes, distilled=distilled)
+        if config.finetune.source is not None:
+            self.console.say(load_trained(model, config.finetune.source, self.splits.classes))
         self.view = resolve_view(config.data, model)
         fit_input_size(model, self.view.size)
+        freeze(model, config.finetune)
         to_device(model, world.device, config.runtime.channels_last)
         batches = self._batches(0)
         require(
@@ -105,7 +111,10 @@ class Trainer:
             f"mixup and cutmix need an even number of images per process, not {batches.size}: "
             "change --batch-size",
         )
-        self.engine = Engine(model, self.num_classes, config, world)
+        teacher = build_teacher(
+            config.distill, self.view, self.splits, self.num_classes, world.device
+        )
+        self.engine = Engine(model, self.num_classes, config, world, teacher)
         self.evaluator = Evaluator(self.splits.val, self.view, config.data, config.runtime, world)
         self.bad = BadFiles(self.splits.train, config.data.max_bad)
 

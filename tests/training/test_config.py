@@ -88,7 +88,7 @@ def test_the_printed_config_is_a_recipe_with_origins(tmp_path):
         (["--lr", "-1"], "--lr must be positive, not -1.0"),
         (["--lr"], "expected one argument"),
         (["channels_last=maybe"], "takes bool"),
-        (["--pretrained", "--checkpoint", "x.pth"], "use one"),
+        (["--pretrained", "--finetune", "x.pth"], "use one"),
         (["nothing.yaml"], "no recipe nothing.yaml"),
         (["--smoothing", "2"], "between 0 and 1"),
         (["--batch-size", "0"], "at least 1"),

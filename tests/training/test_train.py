@@ -83,7 +83,7 @@ def test_validation_reproduces_the_reported_accuracy(whole, tmp_path):
         done = run(validate, "--checkpoint", folder, *processes, *argv,
                    "--json", tmp_path / "result.json", folder=tmp_path)  # fmt: skip
         assert done.code == 0, done.err
-        result = json.loads((tmp_path / "result.json").read_text())
+        (result,) = json.loads((tmp_path / "result.json").read_text())
         assert result["top1"] == float(_metrics(folder)[-1][column]) and result["n"] == 360
     weights = checkpoint.latest(folder / "ckpt") / "ema.safetensors"
     assert (
@@ -252,7 +252,7 @@ def test_official_weights_are_fine_tuned_and_those_of_another_model_named(tmp_pa
     official = golden.state_dict(golden.load("shvit_s1")["manifest"])
     official = {k: v.float() if v.is_floating_point() else v for k, v in official.items()}
     torch.save({"model": official, "args": argparse.Namespace(lr=1)}, tmp_path / "shvit_s1.pth")
-    argv = ["--data", folder, "--checkpoint", "shvit_s1.pth", "--img-size", 32, "--epochs", 1]
+    argv = ["--data", folder, "--finetune", "shvit_s1.pth", "--img-size", 32, "--epochs", 1]
     argv += ["--batch-size", 16, "--warmup-epochs", 0, "--workers", 0, *ONE]
     done = run(train, *argv, "--out", "tuned", folder=tmp_path)
     assert done.code == 0, done.err
@@ -268,13 +268,13 @@ def test_fine_tuning_resets_the_head_and_says_so(whole, tmp_path):
     folder = make_folder(tmp_path / "data", train=16, val=4)
     argv = ["--data", folder, "--model", "test_byobnet", "--img-size", 32, "--batch-size", 16]
     argv += ["--epochs", 1, "--warmup-epochs", 0, "--workers", 0, *ONE, "--out", "tuned"]
-    done = run(train, *argv, "--checkpoint", source, folder=tmp_path)
+    done = run(train, *argv, "--finetune", source, folder=tmp_path)
     assert done.code == 0, done.err
     first = done.out.splitlines()[0]
     assert first.startswith(f"weights from {source}; freshly initialised: head.")
     again = run(validate, "--checkpoint", "tuned", *ONE, folder=tmp_path)
     assert again.code == 0, again.err
-    result = json.loads((tmp_path / "tuned" / "validation.json").read_text())
+    (result,) = json.loads((tmp_path / "tuned" / "validation.json").read_text())
     assert result["top1"] == float(_metrics(tmp_path / "tuned")[-1]["top1"])
 
 
@@ -286,7 +286,7 @@ def test_fine_tuning_resets_the_head_and_says_so(whole, tmp_path):
         (["--data", "nowhere"], "no data at nowhere: --data takes a folder"),
         (["--num-classes", "3"], "--num-classes 3, but the data has 10 classes"),
         (["--device", "cuda"], "this machine has no cuda device: use --device cpu"),
-        (["--checkpoint", "nothing.pth"], "nothing.pth"),
+        (["--finetune", "nothing.pth"], "nothing.pth"),
         (["--optim", "adamx"], "unknown optimizer adamx"),
         (["--batch-size", "2000"], "use --batch-size 1437 or less"),
         (["--batch-size", "6", "--mixup", "1", "--accumulate", "2"], "even number of images"),
