@@ -10,7 +10,7 @@ from .errors import run_command
 from .runtime import World, join, run_processes
 from .train_config import TrainConfig
 from .trainer import Trainer
-from .validation import ValidateConfig, checkpoint_settings, validate_model
+from .validation import ValidateConfig, plan, read_settings, validate_models
 
 Config = TypeVar("Config", TrainConfig, ValidateConfig)
 
@@ -41,12 +41,15 @@ def validate(argv: Sequence[str]) -> int:
         The exit code, see `errors`.
     """
 
-    def parse_command() -> Parsed[ValidateConfig]:
-        asked = parse(ValidateConfig, argv, program="validate.py").config
-        base = checkpoint_settings(asked.model.checkpoint)
-        return parse(ValidateConfig, argv, program="validate.py", base=base)
+    commands: list[list[str]] = []
 
-    return _run(parse_command, "--print-config" in argv, validate_model)
+    def parse_command() -> Parsed[ValidateConfig]:
+        commands.extend(plan(argv))
+        one = commands[0] if len(commands) == 1 else None
+        return read_settings(one) if one else parse(ValidateConfig, argv, program="validate.py")
+
+    show = "--print-config" in argv
+    return _run(parse_command, show, lambda _, world: validate_models(commands, world))
 
 
 def _run(

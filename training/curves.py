@@ -1,10 +1,12 @@
-"""The learning curves of a run as a picture."""
+"""The learning curves of a run and the confusion of its classes as pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .run_folder import Row
 
@@ -41,6 +43,37 @@ def draw_curves(rows: Sequence[Row], title: str, path: Path) -> None:
     if rows:
         _mark_best(accuracy, rows)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    figure.savefig(path, dpi=110)
+
+
+def draw_confusion(answers: Tensor, names: Sequence[str], path: Path) -> None:
+    """Draw how often each class is taken for each other, in percent of its images.
+
+    Args:
+        answers: `(N, 2 + k)`, see `Evaluator.answers`.
+        names: Of the classes.
+        path: PNG file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(names)
+    pairs = answers[:, 1] * count + answers[:, 2]
+    matrix = pairs.bincount(minlength=count * count).reshape(count, count).double()
+    matrix *= 100 / matrix.sum(dim=1, keepdim=True).clamp(min=1)
+    side = 3 + 0.42 * count
+    figure = Figure(figsize=(side, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=100)
+    for row, column in (matrix >= 0.5).nonzero().tolist():
+        share = float(matrix[row, column])
+        color = "white" if share > 50 else "black"
+        axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=color, fontsize=8)
+    axes.set_xticks(range(count), names, rotation=90, fontsize=8)
+    axes.set_yticks(range(count), names, fontsize=8)
+    axes.set_xlabel("taken for (% of the class)")
+    axes.set_ylabel("class")
     figure.savefig(path, dpi=110)
 
 

@@ -33,8 +33,10 @@ def test_train_then_validate(tmp_path):
     top1 = trained.stdout.splitlines()[-1].split(" %")[0]
     validated = python(VALIDATE, "--checkpoint", folder, cwd=tmp_path, environment=ENVIRONMENT)
     assert validated.returncode == 0, validated.stderr
-    assert validated.stdout.count("\n") == 1 and top1 in validated.stdout
-    result = json.loads((folder / "validation.json").read_text())
+    header, row, files = validated.stdout.splitlines()
+    assert header.split()[:3] == ["model", "top-1", "top-5"] and "validation.csv" in files
+    assert row.split()[1] == top1.split()[1]
+    (result,) = json.loads((folder / "validation.json").read_text())
     assert f"top-1 {result['top1']:.2f}" == top1
     assert result["model"] == "test_byobnet" and result["img_size"] == 32
     assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["batch_size"] == 128
