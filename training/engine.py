@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from .optim import clip_gradients, clipped_parameters, gradient_norm, make_ema, 
 from .parallel import (
     average,
     distribute,
+    explained,
     gradient_sync,
     load_model,
     load_optimizer,
@@ -170,7 +172,7 @@ class Engine:
     def _update(self, step: int, lr: float, norm: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        with explained(self._sharded, self.optim.name, self.optim.clip_mode):
+        with explained(self.optim) if self._sharded else contextlib.nullcontext():
             clip_gradients(self.optim, self._clipped, norm)
             self._scaler.step(self.optimizer)
         if self.ema is not None:

@@ -7,6 +7,7 @@
 | 3 | diverged: too many non-finite steps in a row |
 | 4 | out of memory, or a loading process was killed |
 | 5 | storage: disk full, or the folder cannot be written |
+| 6 | another process of the run is gone or hangs |
 | 75 | interrupted by a signal, progress saved: start the same command again |
 """
 
@@ -56,6 +57,21 @@ class StorageError(RunError):
     exit_code = 5
 
 
+class LostProcessError(RunError):
+    """Another process does not answer.
+
+    Args:
+        message: Which, and where.
+        speaks: Whether this process is the one that reports it.
+    """
+
+    exit_code = 6
+
+    def __init__(self, message: str, *, speaks: bool) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
 class InterruptedRunError(RunError):
     """A signal asked for the end; the state is saved."""
 
@@ -96,6 +112,6 @@ def run_command(command: Callable[[], None]) -> int:
 
 
 def _report(error: RunError) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if getattr(error, "speaks", os.environ.get("RANK", "0") == "0"):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return error.exit_code

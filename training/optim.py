@@ -10,6 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .config import option, require
@@ -105,7 +106,8 @@ def clipped_parameters(config: OptimConfig, model: nn.Module) -> list[nn.Paramet
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a scalar on their device."""
-    return get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(config: OptimConfig, parameters: Sequence[Tensor], norm: Tensor) -> None:

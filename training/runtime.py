@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,10 +21,17 @@ from torch import nn
 import backbones
 
 from .config import option, require
-from .errors import UsageError
+from .errors import LostProcessError, UsageError
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
-_TIMEOUT = timedelta(minutes=10)
+# what gloo and PyTorch say when a process does not answer
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+)
+_ROLL_CALL = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,16 @@ class RuntimeConfig:
     )
     channels_last: bool = option(True, "NHWC memory layout")
     compile: bool = option(False, "torch.compile the model")
+    timeout: float = option(
+        10.0, "minutes that a process may keep the others waiting", may_change=True
+    )
 
     def __post_init__(self) -> None:
         require(
             self.processes is None or self.processes >= 1,
             f"--processes must be at least 1, not {self.processes}",
         )
+        require(self.timeout > 0, f"--timeout must be positive, not {self.timeout}")
 
     def precision(self, device: torch.device) -> torch.dtype | None:
         """The autocast type on `device`, none for full precision."""
@@ -68,11 +80,13 @@ class World:
         device: Where this process computes.
         rank: Number of this process.
         size: Number of processes.
+        store: What the processes share outside of collectives.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    store: dist.Store | None = None
 
     def __str__(self) -> str:
         plural = "" if self.size == 1 else "es"
@@ -113,6 +127,40 @@ class World:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
+    @contextlib.contextmanager
+    def watch(self, where: Callable[[], str]) -> Iterator[None]:
+        """Name the processes that are gone or hang, when the others wait for them in vain.
+
+        Args:
+            where: Says how far this process has come.
+
+        Raises:
+            LostProcessError: A collective has failed.
+        """
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if self.store is None or not is_lost(error):
+                raise
+            present = self._call_roll(self.store)
+            missing = ", ".join(str(rank) for rank in range(self.size) if rank not in present)
+            raise LostProcessError(
+                f"no answer from process {missing or 'unknown'} of {self.size} at {where()}: it is "
+                "gone or hangs; start the same command again to go on from the last checkpoint",
+                speaks=self.rank == min(present, default=-1),
+            ) from error
+
+    def _call_roll(self, store: dist.Store) -> list[int]:
+        # whoever waits is told by the same failure; the store outlives the process, with torchrun
+        end, names = time.monotonic() + _ROLL_CALL, [f"present/{i}" for i in range(self.size)]
+        present: list[int] = []
+        with contextlib.suppress(RuntimeError):
+            store.set(names[self.rank], "")
+            while len(present) < self.size and time.monotonic() < end:
+                time.sleep(0.1)
+                present = [rank for rank, name in enumerate(names) if store.check([name])]
+        return present
+
     @property
     def _object_device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
@@ -136,16 +184,18 @@ def join(config: RuntimeConfig) -> Iterator[World]:
     torch.set_num_threads(1)
     # a restarted attempt must not find the addresses of the dead one in torchrun's store
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    timeout = timedelta(minutes=config.timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        store=store,
         rank=rank,
         world_size=size,
-        timeout=_TIMEOUT,
+        timeout=timeout,
     )
     try:
-        yield World(device, rank, size)
+        yield World(device, rank, size, store)
     finally:
         dist.destroy_process_group()
 
@@ -183,6 +233,11 @@ def run_processes(command: Callable[[], int], config: RuntimeConfig, batch_size:
             helper.join(20 if code in (0, 75) else 0)
             helper.kill()
     return code
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether `error` means that another process does not answer."""
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in _LOST)
 
 
 def versions() -> dict[str, str]:

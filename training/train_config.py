@@ -11,8 +11,8 @@ from .finetune import FinetuneConfig
 from .losses import DistillConfig
 from .model import TrainModelConfig
 from .optim import EmaConfig, OptimConfig
+from .parallel import TrainRuntimeConfig
 from .run_folder import RunConfig
-from .runtime import RuntimeConfig
 from .schedule import ScheduleConfig
 
 
@@ -28,7 +28,7 @@ class TrainConfig:
     optim: OptimConfig
     schedule: ScheduleConfig
     ema: EmaConfig
-    runtime: RuntimeConfig
+    runtime: TrainRuntimeConfig
     run: RunConfig
 
     def __post_init__(self) -> None:

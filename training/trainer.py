@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from . import checkpoint
 from .augment import train_transform
 from .config import Parsed, require, to_dict, to_yaml
@@ -26,7 +28,7 @@ from .data import (
 )
 from .engine import Agreement, Engine
 from .errors import DivergedError, InterruptedRunError, StorageError, UsageError, WorkerError
-from .evaluate import Evaluator
+from .evaluate import Evaluator, Score
 from .finetune import freeze, load_trained
 from .keys import key, seed_step
 from .losses import build_teacher
@@ -36,6 +38,7 @@ from .model import (
     fit_input_size,
     to_device,
 )
+from .parallel import gathered
 from .progress import Progress, epoch_line, make_row, result_line
 from .run_folder import RunFolder, new_run_path
 from .runtime import World, versions
@@ -85,7 +88,8 @@ class Trainer:
         self._resume()
         self._announce()
         try:
-            self._loop()
+            with self.world.watch(lambda: f"step {self.progress.step}"):
+                self._loop()
         except Exception as error:
             self.console.clear()
             state = "interrupted" if isinstance(error, InterruptedRunError) else "failed"
@@ -231,9 +235,9 @@ class Trainer:
         begin = time.monotonic()
         self.console.clear()
         try:
-            score = self.evaluator.score(self.engine.model, self.stop)
+            score = self._score(self.engine.model)
             average = self.engine.ema
-            averaged = self.evaluator.score(average.module, self.stop) if average else None
+            averaged = self._score(average.module) if average else None
         except InterruptedRunError:
             self._interrupt()
         self._check_bad_files()
@@ -248,6 +252,10 @@ class Trainer:
             self._save(proven=True)
         if self.world.first and time.monotonic() - self._drawn_at > _DRAW_EVERY:
             self._draw()
+
+    def _score(self, model: nn.Module) -> Score:
+        with gathered(model):
+            return self.evaluator.score(model, self.stop)
 
     def _finish(self) -> None:
         if self.world.first:
@@ -273,8 +281,6 @@ class Trainer:
         if self.progress.streak and not proven:
             return
         bad = sorted(set().union(*self.world.gather(self.bad.indices)))
-        if not self.world.first:
-            return
         meta: dict[str, Any] = {
             "progress": dataclasses.asdict(self.progress),
             "bad_images": bad,
@@ -285,9 +291,10 @@ class Trainer:
             "world_size": self.world.size,
             "versions": versions(),
         }
-        worked = self.folder.save(
-            self.progress.step, self.engine.state(meta), self.progress.best_step
-        )
+        state = self.engine.state(meta)
+        if not self.world.first:
+            return
+        worked = self.folder.save(self.progress.step, state, self.progress.best_step)
         if not worked and self._save_failed:
             raise self.folder.storage_error()
         if not worked:
