@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from tests.faults import crowd, files, flips, hub, local, offline
-from tests.faults.lab import Lab, Outcome
+from tests.faults.lab import Case, Lab, Outcome
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Figure:
 
     Attributes:
         name: As in the list of figures, if it is there.
-        suite: What it belongs to, "hub" or "files".
+        suite: What it belongs to, one of `SUITES`.
         title: What is injected.
         names: Of the injections.
         run: Makes them all.
@@ -32,6 +33,35 @@ class Figure:
     seconds: float | None = None
 
 
+def independent(
+    name: str, suite: str, title: str, cases: Mapping[str, Case], seconds: float | None = None
+) -> Figure:
+    """A figure whose injections are made one after the other.
+
+    Args:
+        name: As in the list of figures.
+        suite: What it belongs to.
+        title: What is injected.
+        cases: Each makes an injection and says why it was not survived; empty if it was.
+        seconds: How long each may take.
+    """
+
+    def run(lab: Lab) -> dict[str, Outcome]:
+        return {case: _inject(cases[case], lab) for case in cases}
+
+    return Figure(name, suite, title, tuple(cases), run, seconds)
+
+
+def _inject(case: Case, lab: Lab) -> Outcome:
+    start = time.monotonic()
+    try:
+        failure = case(lab)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    return Outcome(failure, time.monotonic() - start)
+
+
+SUITES = ("hub", "files", "train", "usage")
 FIGURES = (
     Figure("F8", "hub", "faults of the hub", hub.NAMES, hub.run),
     Figure(

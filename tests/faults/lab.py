@@ -8,6 +8,7 @@ import re
 import socket
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ class SilentHost:
 
 
 class Lab:
-    """A hub and the processes that load from it.
+    """A folder, and, from when they are asked for, a hub and the processes that load from it.
 
     Args:
         folder: An empty folder for everything that is written.
@@ -99,8 +100,6 @@ class Lab:
         self._stack = ExitStack()
 
     def __enter__(self) -> Lab:
-        self._processes = self._stack.enter_context(Processes())
-        self.hub = self._stack.enter_context(Hub(self.folder / "server"))
         return self
 
     def __exit__(
@@ -110,6 +109,15 @@ class Lab:
         traceback: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+    @functools.cached_property
+    def hub(self) -> Hub:
+        """The stand-in hub."""
+        return self._stack.enter_context(Hub(self.folder / "server"))
+
+    @functools.cached_property
+    def _processes(self) -> Processes:
+        return self._stack.enter_context(Processes())
 
     @property
     def online(self) -> Client:
@@ -171,3 +179,7 @@ def shared_lab() -> Lab:
     atexit.register(stack.close)
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     return stack.enter_context(Lab(Path(folder)))
+
+
+# makes an injection; says why it was not survived, nothing if it was
+Case = Callable[[Lab], str]
