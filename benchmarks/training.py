@@ -153,7 +153,7 @@ def measure(command: Sequence[str], log: Path) -> Row:
         _, status, usage = os.wait4(run.pid, 0)
     run.returncode = os.waitstatus_to_exitcode(status)
     if run.returncode:
-        raise RuntimeError(f"{command[0]} failed: {log.read_text()[-2000:]}")
+        raise RuntimeError(f"{command[0]} failed: {log.read_text()}")
     return {
         "wall_s": round(time.perf_counter() - begin, 1),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 1),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -78,6 +78,9 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
         raise UsageError(f"unknown optimizer {config.name}: one of {', '.join(list_optimizers())}")
     names = ("betas", "eps", "momentum", "layer_decay")
     given = {name: getattr(config, name) for name in names}
+    kind = get_optimizer_class(config.name, bind_defaults=False)
+    # one pass over the weights where PyTorch has it, instead of a loop of small ones
+    given["fused"] = issubclass(kind, (torch.optim.Adam, torch.optim.SGD)) or None
     try:
         return create_optimizer_v2(
             model,
