@@ -163,14 +163,14 @@ def _peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def _obey_modes() -> None:
-    """Give up root's right to write everywhere (CAP_DAC_OVERRIDE), by capset(2)."""
+def obey_modes() -> None:
+    """Give up root's right to read and write everywhere (CAP_DAC_*), by capset(2)."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     sets = (ctypes.c_uint32 * 6)()
     libc.capget(header, sets)
     for i in range(3):  # effective, permitted, inherited
-        sets[i] &= ~(1 << 1)
+        sets[i] &= ~(1 << 1 | 1 << 2)
     if libc.capset(header, sets):
         raise OSError(ctypes.get_errno(), "capset")
 
@@ -181,7 +181,7 @@ def _child(call: dict[str, Any], pipe: int) -> None:
     if limit := call.get("file_limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if call.get("restricted") and os.geteuid() == 0:
-        _obey_modes()
+        obey_modes()
     answer = json.dumps(_outcome(call["do"], call["arguments"]))
     os.write(pipe, answer.encode())
 

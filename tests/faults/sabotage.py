@@ -166,7 +166,8 @@ def _kill_loader(engine: Engine, batches: Any) -> None:
     multiprocessing.active_children()[0].kill()
 
 
-def _watch(engine: Engine, batches: Any) -> None:
+def watch() -> None:
+    """Log the memory and the open files of this process in `memory.jsonl`."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     files = len(list(Path("/proc/self/fd").iterdir()))
     with Path("memory.jsonl").open("a") as file:
@@ -181,7 +182,7 @@ AT_STEP: dict[str, Callable[[Engine, Any], None]] = {
     "NaN in the second micro-batch": _spoil_image(NAN, 1),
     "NaN gradient": _spoil_gradient,
     "loss scale": _scale,
-    "watch": _watch,
+    "watch": lambda engine, batches: watch(),
     "kill a loading process": _kill_loader,
     "out of GPU memory": _raise(lambda: torch.OutOfMemoryError("CUDA out of memory. Tried ...")),
     "out of memory": _raise(MemoryError),
