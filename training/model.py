@@ -57,6 +57,11 @@ def build_model(
     Raises:
         UsageError: An unknown name, or weights that cannot be had.
     """
+    second = distilled and config.name.startswith("shvit")
+    require(
+        not (config.pretrained and (config.aux_weight or second)),
+        f"--pretrained has no second classifier: use --finetune {config.name} in its place",
+    )
     try:
         model: Any = create(
             config.name,
@@ -64,7 +69,7 @@ def build_model(
             num_classes=num_classes,
             drop_path_rate=config.drop_path,
             aux_head=True if config.aux_weight else None,
-            distilled=True if distilled and config.name.startswith("shvit") else None,
+            distilled=True if second else None,
         )
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
