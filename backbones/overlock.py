@@ -441,6 +441,13 @@ def _create_overlock(
     variant: str, pretrained: bool, args: dict[str, Any], **kwargs: Any
 ) -> OverLoCK:
     reparam = _is_reparam(kwargs.get("pretrained_cfg"))
+    if kwargs.get("aux_head"):
+        # weights without it, or of other classes, leave it fresh
+        overlay = {"classifier": ("head.fc", "aux_head.fc")}
+        kwargs["pretrained_cfg_overlay"] = {
+            **(kwargs.get("pretrained_cfg_overlay") or {}),
+            **overlay,
+        }
     return build_model(
         OverLoCK,
         variant,
