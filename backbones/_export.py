@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any
 
 import timm.models
@@ -101,7 +102,12 @@ def keys_of(weights: Weights) -> tuple[str, ...]:
     return (*weights.urls, *hub, converted_key(weights))
 
 
-def fit(state_dict: Mapping[str, Tensor], name: str, weights: Weights | None) -> Fitted:
+def fit(
+    state_dict: Mapping[str, Tensor],
+    name: str,
+    weights: Weights | None,
+    cfg: Mapping[str, Any] = MappingProxyType({}),
+) -> Fitted:
     """Build a model that fits a state dict, without memory for its weights, and rename these.
 
     The number of classes, the channels of images and the form of the model are read from the
@@ -111,6 +117,7 @@ def fit(state_dict: Mapping[str, Tensor], name: str, weights: Weights | None) ->
         state_dict: Name -> tensor, unwrapped.
         name: The architecture.
         weights: The official weights that they should be, or None.
+        cfg: Fields of the model's `pretrained_cfg` that are known to differ.
 
     Raises:
         WeightsError: Tensors are missing, left over or of the wrong shape; or they are not the
@@ -121,10 +128,13 @@ def fit(state_dict: Mapping[str, Tensor], name: str, weights: Weights | None) ->
     family = family_of(plain)
     ours = family.to_ours(state_dict)
     model_args = _arguments(ours, plain)
+    if cfg and hasattr(plain, "img_size"):
+        model_args["img_size"] = tuple(cfg["input_size"][1:])
     if weights is not None:
         _check_official(weights, plain, model_args)
     differs = any(getattr(plain, key, None) != value for key, value in model_args.items())
     model = create_model(full_name, device="meta", **model_args) if differs else plain
+    cfg_of(model).update(cfg)
     tensors = convert_state_dict(state_dict, model)
     assert not any(value.is_meta for value in tensors.values())
     renamed, computed, left_out = _compare(state_dict, ours, tensors, family)
@@ -142,6 +152,7 @@ def write_config(fitted: Fitted, weights: Weights | None, license: str, folder: 
         folder: Where to write.
     """
     cfg = dict(cfg_of(fitted.model))
+    names = cfg.pop("label_names", None)
     if weights is None:
         # of the architecture's default weights, which these are not
         for key in ("tag", "description", "origin_url", "paper_name", "paper_ids", "notes"):
@@ -149,7 +160,9 @@ def write_config(fitted: Fitted, weights: Weights | None, license: str, folder: 
     fitted.model.pretrained_cfg = {**cfg, "license": license}  # type: ignore[assignment]
     # an auxiliary head is for training: who wants one asks for it, and gets its weights
     model_args = {k: v for k, v in fitted.model_args.items() if k != "aux_head"}
-    timm.models.save_for_hf(fitted.model, str(folder), model_args=model_args)
+    # beside the other fields, where transformers looks for it too
+    labels = {"label_names": names} if names else None
+    timm.models.save_for_hf(fitted.model, str(folder), labels, model_args=model_args)
     (folder / "pytorch_model.bin").unlink()
     path = folder / "config.json"
     config = json.loads(path.read_text())

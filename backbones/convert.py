@@ -2,12 +2,13 @@
 
 The folder gets `model.safetensors`, `config.json` and the model card `README.md`, and can be
 published as it is. Files of the authors are known by their names; of others say which model they
-are for.
+are for. A run folder of `train.py` tells its model, its classes and how it sees images.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from backbones.pretrained.mirrors import converted_key
 
 from ._conversion import facts_of, summarize, which_copy
 from ._export import Fitted, check_loads, choose_model, fit, keys_of, write_config
+from ._run_folder import Run, read_run
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -117,10 +119,10 @@ def convert(
     loaded back and compared. The same input gives the same files. Types stay what they are.
 
     Args:
-        source: The weights: anything that `load_weights` takes.
+        source: The weights: anything that `load_weights` takes, or a run folder of `train.py`.
         folder: What to write; it must not exist, or be empty.
         model: `model.tag` for official weights, `model` for any others. Official weights need none
-            if they are given by name or have their file's official name.
+            if they are given by name or have their file's official name; a run folder needs none.
         ema: Take the moving average of the weights; see `load_weights`.
         license: Licence of the weights as the hub writes it, such as `mit`; by default that of the
             official weights, else "unknown".
@@ -135,10 +137,11 @@ def convert(
             for them; the disk is full.
     """
     target = _check_target(Path(folder))
-    loaded = load(source, ema=ema)
-    name, weights = choose_model(loaded, model)
+    trained = read_run(source, ema=ema)
+    loaded = load(source, ema=ema) if trained is None else _load_run(trained, ema)
+    name, weights = choose_model(loaded, model or (trained.model if trained else None))
     try:
-        fitted = fit(loaded.state_dict, name, weights)
+        fitted = fit(loaded.state_dict, name, weights, trained.cfg if trained else {})
     except WeightsError as error:
         raise WeightsError(f"{weights.name if weights else name} from {source}: {error}") from error
     license = (license or (weights.license if weights else UNKNOWN_LICENSE)).lower()
@@ -189,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The parser of the command.
     """
     parser.add_argument(
-        "source", metavar="IN", help="file, folder, URL, hf-hub:org/repo, or an official name"
+        "source", metavar="IN", help="file, run folder, URL, hf-hub:org/repo, or an official name"
     )
     parser.add_argument("folder", metavar="OUT", help="the folder to write; new or empty")
     parser.add_argument("--model", metavar="NAME", help="model, or model.tag for official weights")
@@ -228,6 +231,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _load_run(run: Run, ema: bool) -> Loaded:
+    return dataclasses.replace(load(run.weights, sha256=run.sha256), ema=ema, both=run.both)
 
 
 def _check_target(folder: Path) -> Path:
