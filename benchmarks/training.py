@@ -73,7 +73,7 @@ class Job(NamedTuple):
 
 
 # convolutions and batch norms; attention and layer norms
-JOBS = [Job("shvit_s1", 2000, 500), Job("davit_tiny", 640, 64, batch=32)]
+JOBS = [Job("shvit_s1", 1280, 320), Job("davit_tiny", 320, 64, batch=32)]
 
 
 def draw_images(folder: Path, job: Job) -> Path:
