@@ -1,4 +1,4 @@
-"""What a person sees: a bar on a terminal, one plain line per epoch anywhere."""
+"""What a person sees: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from types import FrameType
 
 from tqdm import tqdm
 
+_LINE_EVERY = 60.0
+
 
 class Console:
-    """Lines on stdout and a progress bar on a terminal.
+    """Lines on stdout; within an epoch a bar on a terminal, elsewhere a line per minute.
 
     Args:
         active: Whether this process speaks.
@@ -22,20 +24,26 @@ class Console:
         self.active = active
         self._total = total
         self._bar: tqdm | None = None
+        self._told_at = time.monotonic()
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
         if self.active:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
+            self._told_at = time.monotonic()
 
-    def advance(self, label: str, done: int, loss: float) -> None:
-        """Show that `done` steps of the epoch called `label` are taken."""
-        if not self.active or not sys.stderr.isatty():
+    def advance(self, label: str, done: int, note: str) -> None:
+        """Show that `done` steps of the epoch called `label` are taken, and how it goes."""
+        if not self.active:
+            return
+        if not sys.stderr.isatty():
+            if time.monotonic() - self._told_at >= _LINE_EVERY:
+                self.say(f"{label}  step {done}/{self._total}  {note}")
             return
         if self._bar is None:
             self._bar = tqdm(total=self._total, desc=label, unit="step", leave=False)
-        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)
 
     def clear(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,60 @@ from torch import Tensor
 from .run_folder import Row
 
 _BLUE, _ORANGE, _GREY = "#2a6fbb", "#d9702b", "#666666"
+_LARGEST_SHARE = 0.05
+
+
+class Curves:
+    """Keeps `curves.png` up to date, and a log for TensorBoard where that is installed.
+
+    A disk that cannot take them does not end the run.
+
+    Args:
+        folder: Of the run.
+        title: Above the picture.
+    """
+
+    def __init__(self, folder: Path, title: str) -> None:
+        self._folder = folder
+        self._title = title
+        self._writer: Any = None
+        self._drawn = 0
+        self._draw_again_at = 0.0
+
+    def update(self, rows: Sequence[Row]) -> None:
+        """Log the last epoch, and draw all unless drawing would take more than 5 % of the time.
+
+        Args:
+            rows: One per epoch.
+        """
+        with contextlib.suppress(OSError, ImportError):
+            self._log(rows[-1])
+        if time.monotonic() >= self._draw_again_at:
+            self._draw(rows)
+
+    def finish(self, rows: Sequence[Row]) -> None:
+        """Draw what is not drawn yet."""
+        if len(rows) != self._drawn:
+            self._draw(rows)
+
+    def _draw(self, rows: Sequence[Row]) -> None:
+        begin = time.monotonic()
+        with contextlib.suppress(OSError):
+            draw_curves(rows, self._title, self._folder / "curves.png")
+        self._drawn, end = len(rows), time.monotonic()
+        self._draw_again_at = end + (end - begin) / _LARGEST_SHARE
+
+    def _log(self, row: Row) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # what an interrupted run logged after its last checkpoint is not shown
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=row.step)
+        for item in fields(row):
+            value = getattr(row, item.name)
+            if value is not None:
+                self._writer.add_scalar(item.name, value, row.step)
+        self._writer.flush()
 
 
 def draw_curves(rows: Sequence[Row], title: str, path: Path) -> None:

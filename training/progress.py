@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from .config import Parsed, settings, to_dict
 from .console import duration
 from .data import BadFiles
 from .evaluate import Score
@@ -104,6 +107,66 @@ def epoch_line(row: Row, epochs: int) -> str:
         f"{row.images_per_s:.0f} images/s  waiting {row.wait_percent:.0f} %  left {duration(left)}"
         f"{skipped}"
     )
+
+
+def settings_lines(parsed: Parsed[Any]) -> list[str]:
+    """The settings that are not the defaults, one line per group.
+
+    Args:
+        parsed: All settings of the run.
+    """
+    changed: dict[str, list[str]] = {}
+    values = to_dict(parsed.config)
+    for setting in settings(type(parsed.config)).values():
+        value = values[setting.group][setting.name]
+        default = setting.default
+        if value != (list(default) if isinstance(default, tuple) else default):
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            changed.setdefault(setting.group, []).append(f"{setting.name}={text}")
+    return [f"  {group:<9}{' '.join(words)}" for group, words in changed.items()]
+
+
+def step_note(progress: Progress, order: TrainOrder, total: int, loss: float) -> str:
+    """How the epoch goes, after one of its steps.
+
+    Args:
+        progress: Where the run is.
+        order: Its size.
+        total: Steps of the run.
+        loss: Of the step.
+    """
+    done = (progress.step - 1) % order.steps_per_epoch + 1
+    speed = order.batch_size * done / progress.seconds
+    left = progress.total_seconds / progress.step * (total - progress.step)
+    return (
+        f"loss {loss:.3f}, {speed:.0f} images/s, waiting "
+        f"{100 * progress.wait / progress.seconds:.0f} %, left {duration(left)}"
+    )
+
+
+def summary_lines(rows: Sequence[Row], progress: Progress, memory: float | None) -> list[str]:
+    """The best and the last epoch as a table, and what the run took.
+
+    Args:
+        rows: All epochs.
+        progress: The best epoch and the time.
+        memory: The most that was in use, MiB.
+    """
+    best = next((row for row in rows if row.step == progress.best_step), rows[-1])
+    lines = [f"{'':4}{'epoch':>7}{'loss':>9}{'top-1':>9}{'top-5':>9}{'average':>9}"]
+    for name, row in (("best", best), ("last", rows[-1])):
+        average = "" if row.top1_ema is None else f"{row.top1_ema:.2f}"
+        lines.append(
+            f"{name}{row.epoch:>7}{row.val_loss:>9.4f}{row.top1:>9.2f}{row.top5:>9.2f}{average:>9}"
+        )
+    times = [1 / row.images_per_s for row in rows]
+    waits = sum(row.wait_percent * time for row, time in zip(rows, times, strict=True)) / sum(times)
+    used = "" if memory is None else f", {memory:.0f} MiB of memory at most"
+    lines.append(
+        f"{rows[-1].epoch} epochs in {duration(progress.total_seconds)}, "
+        f"{len(times) / sum(times):.0f} images/s, waiting {waits:.0f} % for data{used}"
+    )
+    return lines
 
 
 def result_line(row: Row, images: int, progress: Progress, folder: Path) -> str:

@@ -33,8 +33,11 @@ class RunConfig:
         0, "steps between checkpoints, beside those at the end of epochs", may_change=True
     )
 
+    keep: int = option(1, "checkpoints kept, the newest, beside the best one", may_change=True)
+
     def __post_init__(self) -> None:
         require(self.checkpoint_every >= 0, f"--checkpoint-every: {self.checkpoint_every} < 0")
+        require(self.keep >= 1, f"--keep must be at least 1, not {self.keep}")
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,12 @@ class RunFolder:
 
     Args:
         path: The folder.
+        keep: Checkpoints to keep beside the best one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: int = 1) -> None:
         self.path = path
+        self._keep = keep
         self.checkpoints = path / "ckpt"
         self.rows: list[Row] = []
 
@@ -140,7 +145,7 @@ class RunFolder:
             self._write("bad_files.txt", text)
 
     def save(self, step: int, state: checkpoint.Checkpoint, best_step: int) -> bool:
-        """Write a checkpoint, and delete all but it and the best one.
+        """Write a checkpoint, and delete all but the newest ones and the best one.
 
         Returns:
             Whether it worked; if not, an older checkpoint is there.
@@ -155,7 +160,8 @@ class RunFolder:
             if checkpoint.latest(self.checkpoints) is None:
                 raise self.storage_error(error) from error
             return False
-        checkpoint.prune(self.checkpoints, {step, best_step})
+        saved = sorted({int(path.name.split("-")[1]) for path in self.checkpoints.glob("step-*")})
+        checkpoint.prune(self.checkpoints, {*saved[-self._keep :], best_step})
         return True
 
     def storage_error(self, error: OSError | None = None) -> StorageError:

@@ -17,7 +17,7 @@ from . import checkpoint
 from .augment import train_transform
 from .config import Parsed, require, to_dict, to_yaml
 from .console import Console, StopRequest
-from .curves import draw_curves
+from .curves import Curves
 from .data import (
     BadFiles,
     Batch,
@@ -39,14 +39,21 @@ from .model import (
     to_device,
 )
 from .parallel import gathered
-from .progress import Progress, epoch_line, make_row, result_line
+from .progress import (
+    Progress,
+    epoch_line,
+    make_row,
+    result_line,
+    settings_lines,
+    step_note,
+    summary_lines,
+)
+from .reports import peak_memory
 from .run_folder import RunFolder, new_run_path
 from .runtime import World, versions
 from .sampler import TrainBatches, TrainOrder
 from .schedule import learning_rate
 from .train_config import TrainConfig
-
-_DRAW_EVERY = 60.0
 
 
 class Trainer:
@@ -74,7 +81,6 @@ class Trainer:
         self.progress = Progress()
         self.stop = StopRequest()
         self._save_failed = False
-        self._drawn_at = time.monotonic()
         self._build()
 
     def run(self) -> None:
@@ -126,7 +132,7 @@ class Trainer:
         config = self.config
         name = f"{Path(config.data.name).name}-{config.model.name.replace('/', '-')}"
         path = Path(config.run.out) if config.run.out else new_run_path(Path("runs"), name)
-        folder = RunFolder(self.world.share(path))
+        folder = RunFolder(self.world.share(path), config.run.keep)
         failure = None
         if self.world.first:
             try:
@@ -154,6 +160,11 @@ class Trainer:
 
     def _announce(self) -> None:
         splits, model = self.splits, self.engine.model
+        title = f"{self.config.model.name} on {self.config.data.name}, {self.view.size} px"
+        self.curves = Curves(self.folder.path, title)
+        changed = settings_lines(self.parsed)
+        if changed:
+            self.console.say("\n".join(["settings that are not the defaults:", *changed]))
         self.console.say(
             f"{self.config.model.name}, {count_parameters(model) / 1e6:.2f} M parameters, "
             f"{self.view.size} px, on {self.config.data.name}: {len(splits.train)} training and "
@@ -220,7 +231,8 @@ class Trainer:
             progress.streak = 0
             epoch, place = divmod(progress.step - 1, self.order.steps_per_epoch)
             label = f"epoch {epoch + 1}/{config.schedule.total_epochs}"
-            self.console.advance(label, place + 1, agreed.loss)
+            note = step_note(progress, self.order, self.total, agreed.loss)
+            self.console.advance(label, place + 1, note)
             return
         progress.skipped += 1
         progress.streak += 1
@@ -250,8 +262,8 @@ class Trainer:
             self.folder.add_row(row)
         if math.isfinite(row.val_loss):
             self._save(proven=True)
-        if self.world.first and time.monotonic() - self._drawn_at > _DRAW_EVERY:
-            self._draw()
+        if self.world.first:
+            self.curves.update(self.folder.rows)
 
     def _score(self, model: nn.Module) -> Score:
         with gathered(model):
@@ -260,14 +272,12 @@ class Trainer:
     def _finish(self) -> None:
         if self.world.first:
             row, images = self.folder.rows[-1], len(self.splits.val)
-            self._draw()
+            self.curves.finish(self.folder.rows)
             self._write_status("done", f"top-1 {row.top1:.2f} %")
+            memory = peak_memory(self.world.device)
+            for line in summary_lines(self.folder.rows, self.progress, memory):
+                self.console.say(line)
             self.console.say(result_line(row, images, self.progress, self.folder.path))
-
-    def _draw(self) -> None:
-        title = f"{self.config.model.name} on {self.config.data.name}, {self.view.size} px"
-        draw_curves(self.folder.rows, title, self.folder.path / "curves.png")
-        self._drawn_at = time.monotonic()
 
     def _interrupt(self) -> None:
         self._save()

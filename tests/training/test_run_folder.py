@@ -3,14 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
-from PIL import Image
 
+from backbones.training.checkpoint import Checkpoint
 from backbones.training.config import parse, to_dict, to_yaml
-from backbones.training.console import duration
-from backbones.training.curves import draw_curves
 from backbones.training.errors import UsageError
-from backbones.training.progress import Progress, epoch_line, result_line
 from backbones.training.run_folder import Row, RunFolder, new_run_path
 from backbones.training.train_config import TrainConfig
 
@@ -77,34 +75,21 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         RunFolder(tmp_path / "file" / "run").create()
 
 
+@pytest.mark.parametrize(
+    ("keep", "best", "kept"), [(1, 1, [1, 5]), (1, 5, [5]), (3, 1, [1, 3, 4, 5]), (3, 4, [3, 4, 5])]
+)
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path, keep, best, kept):
+    folder = RunFolder(tmp_path, keep)
+    # the last step is saved again, with its evaluation
+    for step in (1, 2, 3, 4, 5, 5):
+        state = Checkpoint({"x": torch.ones(1)}, None, {}, {})
+        assert folder.save(step, state, min(step, best))
+    left = [path.name for path in sorted(folder.checkpoints.iterdir())]
+    again = "step-00000005-again"
+    assert left == [again if step == 5 else f"step-{step:08d}" for step in kept]
+
+
 def test_status_is_plain_json(folder):
     folder.write_status("interrupted", 17, "a signal")
     status = json.loads((folder.path / "status.json").read_text())
     assert status == {"state": "interrupted", "step": 17, "reason": "a signal"}
-
-
-@pytest.mark.parametrize("epochs", [0, 1, 5])
-def test_curves_are_drawn_for_any_number_of_epochs(tmp_path, epochs):
-    rows = [_row(epoch, 50.0) for epoch in range(1, epochs + 1)]
-    draw_curves(rows, "title", tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1320, 418)
-        assert len(picture.convert("RGB").getcolors(100_000) or []) > 50
-
-
-def test_a_person_reads_one_line_per_epoch():
-    line = epoch_line(_row(3, 95.0), 12)
-    assert line.startswith("epoch  3/12  loss 0.333  validation 0.667  top-1 91.00 % (average 95.0")
-    assert line.endswith("123 images/s  waiting 2 %  left 1:30")
-    progress = Progress(best_top1=92.5, best_step=44, total_seconds=65)
-    line = result_line(_row(3), 360, progress, "runs/x")
-    assert line == (
-        "top-1 91.00 % (328 of 360 held-out images), best 92.50 % after epoch 2, in 1:05; "
-        "files in runs/x"
-    )
-
-
-def test_durations():
-    assert [duration(s) for s in (0, 59.6, 61, 3600, 36_061)] == [
-        "0:00", "1:00", "1:01", "1:00:00", "10:01:01",
-    ]  # fmt: skip

@@ -66,15 +66,18 @@ def whole(request, tmp_path_factory):
 def test_a_run_leaves_what_it_promises(whole):
     folder, processes, done = whole
     lines = done.out.splitlines()
-    assert done.err == "" and len(lines) == 2 + 3 + 1
+    begin = next(i for i, line in enumerate(lines) if line.startswith("test_byobnet, 0.20 M"))
+    assert "  schedule epochs=3 warmup_epochs=0.0" in lines[:begin]
+    # the model, the epochs, the summary of three lines and the times, the result
+    assert done.err == "" and len(lines) == begin + 2 + 3 + 4 + 1
     assert re.fullmatch(r"top-1 \d+\.\d\d % \(\d+ of 360 held-out images\), best .*", lines[-1])
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.iterdir()} - {"tensorboard"} == {
         "ckpt", "config.yaml", "curves.png", "metrics.csv", "status.json",
     }  # fmt: skip
     assert _status(folder)["state"] == "done" and _status(folder)["step"] == 15
     assert [row["epoch"] for row in _metrics(folder)] == ["1", "2", "3"]
     assert 1 <= len(list((folder / "ckpt").iterdir())) <= 2
-    assert f"{processes[1]} process" in lines[1]
+    assert f"{processes[1]} process" in lines[begin + 1]
 
 
 def test_validation_reproduces_the_reported_accuracy(whole, tmp_path):
