@@ -23,7 +23,8 @@ _reference = _choice == "reference"
 def use_reference(enable: bool = True) -> Iterator[None]:
     """Call the plain PyTorch functions instead of the registered ops inside a `with` block.
 
-    For what custom ops cannot do: ONNX, `torch.func`, second derivatives. The environment variable
+    For what custom ops cannot do: `torch.func`, second derivatives, `torch.export` for programs
+    that know none; `torch.onnx.export` needs no switch. The environment variable
     `BACKBONES_OPS=reference` does the same for a whole process. The switch is global, not per
     thread, and `torch.compile` recompiles when it changes.
 
@@ -39,8 +40,9 @@ def use_reference(enable: bool = True) -> Iterator[None]:
 
 
 def reference_in_use() -> bool:
-    """Whether ops are to run their reference, see `use_reference`."""
-    return _reference
+    """Whether ops are to run their reference: see `use_reference`, or ONNX is being written."""
+    # the second question is slow, and asked in exports only
+    return _reference or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
