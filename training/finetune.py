@@ -30,10 +30,11 @@ class FinetuneConfig:
         require(not (self.freeze and self.head_only), "--head-only freezes all: leave out --freeze")
 
 
-def load_trained(model: nn.Module, source: str, classes: tuple[str, ...] | None) -> str:
+def load_trained(model: Any, source: str, classes: tuple[str, ...] | None) -> str:
     """Load trained weights; the classifier stays fresh unless it was trained for `classes`.
 
-    Where the source does not tell its classes, as many of them count as the same.
+    Where the source does not tell its classes, as many of them count as the same. A run folder
+    also tells how the model is used to see images, which becomes its default.
 
     Args:
         model: What to fill.
@@ -49,7 +50,10 @@ def load_trained(model: nn.Module, source: str, classes: tuple[str, ...] | None)
     try:
         meta = checkpoint_meta(source)
         if meta:
-            fit_input_size(model, meta["view"]["size"])
+            view = dict(meta["view"])
+            size = view.pop("size")
+            fit_input_size(model, size)
+            model.pretrained_cfg |= view | {"input_size": (3, size, size)}
         known = meta.get("classes")
         other = bool(known and classes and known != list(classes))
         fresh = load_into(model, source, classifier=not other)
