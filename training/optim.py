@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    get_optimizer_info,
+    list_optimizers,
+)
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -49,6 +54,10 @@ class OptimConfig:
             self.clip_head or self.clip_mode == "agc",
             f"--no-clip-head needs --clip-mode agc, not {self.clip_mode}",
         )
+        require(
+            self.momentum is None or 0 <= self.momentum < 1,
+            f"--momentum must lie between 0 and 1, not {self.momentum}",
+        )
         require(self.accumulate >= 1, f"--accumulate must be at least 1, not {self.accumulate}")
         require(self.max_skips >= 1, f"--max-skips must be at least 1, not {self.max_skips}")
 
@@ -76,11 +85,18 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
     """
     if config.name not in list_optimizers():
         raise UsageError(f"unknown optimizer {config.name}: one of {', '.join(list_optimizers())}")
-    names = ("betas", "eps", "momentum", "layer_decay")
-    given = {name: getattr(config, name) for name in names}
+    info = get_optimizer_info(config.name)
+    given: dict[str, Any] = {"layer_decay": config.layer_decay}
+    for name in ("betas", "eps", "momentum"):
+        given[name] = getattr(config, name)
+        # timm drops it without a word
+        swallowed = given[name] is not None and not getattr(info, f"has_{name}")
+        require(not swallowed, f"{config.name} takes no {name}: leave out --{name}")
     kind = get_optimizer_class(config.name, bind_defaults=False)
-    # one pass over the weights where PyTorch has it, instead of a loop of small ones
-    given["fused"] = issubclass(kind, (torch.optim.Adam, torch.optim.SGD)) or None
+    # one pass over the weights where PyTorch has it (sharded ones: Adam's only), not a loop
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    fused = (torch.optim.Adam,) if sharded else (torch.optim.Adam, torch.optim.SGD)
+    given["fused"] = issubclass(kind, fused) or None
     try:
         return create_optimizer_v2(
             model,
@@ -89,7 +105,7 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
             weight_decay=config.weight_decay,
             **{name: value for name, value in given.items() if value is not None},
         )
-    except TypeError as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise UsageError(f"{config.name} does not take these settings: {error}") from None
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,19 @@ def test_evaluation_resizes_crops_and_normalises():
     assert view.shape == (3, 32, 32)
     expected = (torch.tensor([255, 128, 0]) / 255 - 0.5) / 0.25
     assert torch.allclose(view, expected[:, None, None].expand_as(view))
+
+
+@pytest.mark.parametrize(
+    ("mode", "edge"), [("center", (0, 255, 0)), ("squash", (255, 0, 0)), ("border", (0, 0, 255))]
+)
+def test_evaluation_crops_squashes_or_pads(mode, edge):
+    image = Image.new("RGB", (120, 60), (0, 255, 0))
+    image.paste((255, 0, 0), (0, 0, 20, 60))
+    plain = replace(VIEW, mean=(0.0, 0.0, 1.0), std=(1.0,) * 3, crop_pct=1.0, crop_mode=mode)
+    view = eval_transform(plain)(image) + torch.tensor([0.0, 0.0, 1.0])[:, None, None]
+    # the upper edge is padded with the mean, which is blue
+    pixel = view[:, 0, 1] * 255
+    assert torch.allclose(pixel, torch.tensor(edge).float(), atol=3)
 
 
 @pytest.mark.parametrize("mix", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])

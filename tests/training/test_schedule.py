@@ -63,7 +63,19 @@ def test_step_and_constant():
     assert {learning_rate(constant, 0.5, s, 3) for s in range(30)} == {0.5}
 
 
-@pytest.mark.parametrize("bad", [{"epochs": 0}, {"warmup_epochs": 12}, {"step_epochs": 0}])
+@pytest.mark.parametrize("name", ["cosine", "step", "constant"])
+def test_a_cooldown_follows_at_the_lowest_rate(name):
+    config = _config(name=name, epochs=20, cooldown_epochs=3, min_lr=1e-5)
+    without = _config(name=name, epochs=20, min_lr=1e-5)
+    assert (config.total_epochs, without.total_epochs) == (23, 20)
+    for step in range(7, 20 * 7):
+        assert learning_rate(config, 1.0, step, 7) == learning_rate(without, 1.0, step, 7) > 1e-5
+    assert {learning_rate(config, 1.0, step, 7) for step in range(20 * 7, 23 * 7)} == {1e-5}
+
+
+@pytest.mark.parametrize(
+    "bad", [{"epochs": 0}, {"cooldown_epochs": -1}, {"warmup_epochs": 12}, {"step_epochs": 0}]
+)
 def test_impossible_schedules_are_refused(bad):
     with pytest.raises(UsageError):
         _config(**bad)
