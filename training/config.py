@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,8 +170,9 @@ def to_yaml(parsed: Parsed[Any]) -> str:
     for group, values in to_dict(parsed.config).items():
         lines.append(f"{group}:")
         for name, value in values.items():
-            text = yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
-            lines.append(f"  {name + ': ' + text:<42}# {parsed.origins[f'{group}.{name}']}")
+            text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+            text = text.removesuffix("\n...\n").strip()
+            lines.append(f"  {name + ': ' + text:<41} # {parsed.origins[f'{group}.{name}']}")
     return "\n".join(lines) + "\n"
 
 

@@ -117,6 +117,14 @@ def test_mistakes_in_recipes_are_named(tmp_path, text, message):
     assert message in str(error.value) and "recipe.yaml" in str(error.value)
 
 
+def test_long_values_are_read_back(tmp_path):
+    path = tmp_path / "config.yaml"
+    for name in ("a" * 60, "a b " * 60 + "c"):
+        parsed = _parse("--finetune", name, "--freeze", ",".join("abcdefgh" * 9))
+        path.write_text(to_yaml(parsed))
+        assert _parse(path).config == parsed.config
+
+
 def test_a_misspelt_recipe_is_told_its_neighbours(tmp_path):
     _recipe(tmp_path / "shvit_s1.yaml")
     with pytest.raises(UsageError, match=r"did you mean shvit_s1\.yaml"):
