@@ -143,7 +143,7 @@ def open_for_write(path: Path) -> IO[bytes]:
     return path.open("wb")
 
 
-def write_file(path: Path, data: bytes) -> dict[str, Any]:
+def write_file(path: Path, data: bytes | memoryview) -> dict[str, Any]:
     """Write `data` and force it to disk; return its size and hash."""
     with open_for_write(path) as file:
         file.write(data)
@@ -159,13 +159,13 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def _encode(checkpoint: Checkpoint) -> Iterable[tuple[str, bytes]]:
+def _encode(checkpoint: Checkpoint) -> Iterable[tuple[str, bytes | memoryview]]:
     yield MODEL, _safetensors(checkpoint.model)
     if checkpoint.ema is not None:
         yield EMA, _safetensors(checkpoint.ema)
     buffer = io.BytesIO()
     torch.save(checkpoint.optim, buffer)
-    yield OPTIM, buffer.getvalue()
+    yield OPTIM, buffer.getbuffer()
 
 
 def _safetensors(state: Mapping[str, Tensor]) -> bytes:
