@@ -141,6 +141,8 @@ class DepthwiseNorm(nn.Module):
             dim, dim, kernel_size, 1, pad, dilation, dim, False, device=device, dtype=dtype
         )
         self.bn = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+        # kept here: frozen norms of other libraries, which may replace this one, do not tell theirs
+        self.eps = self.bn.eps
 
     def running(self) -> tuple[Tensor, Tensor]:
         """Running mean and variance of the norm, `(C,)`."""
@@ -153,7 +155,7 @@ class DepthwiseNorm(nn.Module):
 
         In float32 at least, so that nothing is lost in 16 bit before kernels are summed.
         """
-        return _affine(self.conv.weight, self.bn.weight, self.bn.bias, stats, self.bn.eps)
+        return _affine(self.conv.weight, self.bn.weight, self.bn.bias, stats, self.eps)
 
 
 # one call in a graph of torch.fx, which would keep what it computes from buffers as constants
