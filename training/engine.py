@@ -76,8 +76,10 @@ class Engine:
         self.optim = config.optim
         self.ema = make_ema(config.ema, model)
         self._sharded = runtime.shards(world)
-        for module in (model, self.ema and self.ema.module) if self._sharded else ():
-            shard(module, runtime, world)
+        if self._sharded:
+            shard(model, runtime, world)
+        if self._sharded and self.ema is not None:
+            shard(self.ema.module, runtime, world)
         self.optimizer = make_optimizer(config.optim, model)
         self._seed = config.run.seed
         self._parameters = [p for p in model.parameters() if p.requires_grad]

@@ -201,7 +201,9 @@ def _share(value: Any, like: Tensor | None) -> Any:
     # counters and scalars of an optimizer are the same in every process
     if not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape:
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    # every process has read the whole value; its share must not be a view that keeps it alive
+    mesh, value = like.device_mesh, value.to(like.device)
+    return distribute_tensor(value, mesh, like.placements, src_data_rank=None).clone()
 
 
 def _local_values(module: nn.Module) -> list[Tensor]:
@@ -214,7 +216,9 @@ class _SyncBatchNorm(_BatchNorm):
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        self.load_state_dict(norm.state_dict())
+        # the tensors themselves: type, device and whether they are frozen
+        self._parameters, self._buffers = norm._parameters, norm._buffers
+        self.training = norm.training
         # timm's BatchNormAct2d
         self.drop = getattr(norm, "drop", nn.Identity())
         self.act = getattr(norm, "act", nn.Identity())
@@ -228,7 +232,7 @@ class _SyncBatchNorm(_BatchNorm):
     def _normalize(self, x: Tensor) -> Tensor:
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        values = x.float()
+        values = x.to(self.weight.dtype)
         mean = _SumOverProcesses.apply(values.sum(axes)) / count
         values = values - mean.view(shape)
         variance = _SumOverProcesses.apply(values.square().sum(axes)) / count
