@@ -51,8 +51,12 @@ class RotaryPosition(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPosition:
         super()._apply(fn, recurse)
-        self.theta = self._frequencies().to(self.theta.device)
+        self.init_non_persistent_buffers()
         return self
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute again what the state dict does not hold."""
+        self.theta = self._frequencies().to(self.theta.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, H, W, C)`, return its table `(2, H + W, D / 4)` for `apply_rotary`."""
