@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from backbones.training.config import parse
-from backbones.training.errors import UsageError
+from backbones.training.errors import UsageError, run_command
 from backbones.training.runtime import World, join, run_processes
 from backbones.training.train_config import TrainConfig
 from tests.support.runs import Run
@@ -67,6 +69,36 @@ def test_two_cores_are_used_by_default_if_the_batch_can_be_shared(tmp_path):
     assert len(_run(tmp_path / "even", cores=3)) == 2
     assert len(_run(tmp_path / "odd", batch_size=63, cores=3)) == 1
     assert len(_run(tmp_path / "one", cores=1)) == 1
+
+
+def _lose_one(how):
+    with join(_config("--device", "cpu", "--timeout", "0.1")) as world:
+        for step in range(4):
+            with world.watch(lambda step=step: f"step {step}"):
+                world.sum([1.0])
+                if world.rank == 1 and step == 2:
+                    os._exit(1) if how == "gone" else time.sleep(60)
+                if world.rank == 1 and how == "mistaken" and step == 1:
+                    raise RuntimeError("an error of its own")
+
+
+def lose_one(argv):
+    (how,) = argv
+    config = _config("--device", "cpu", "--processes", "3")
+    return run_processes(lambda: run_command(lambda: _lose_one(how)), config, 3)
+
+
+@pytest.mark.parametrize("how", ["gone", "hanging"])
+def test_the_process_that_does_not_answer_is_named(tmp_path, how):
+    done = Run(lose_one, [how], tmp_path).finish(40)
+    assert done.code == 6 and done.err.count("\n") == 1, done
+    # who is hung is noticed in the next step
+    assert re.match(r"error: no answer from process 1 of 3 at step [23]: it is gone or", done.err)
+
+
+def test_an_error_of_a_process_is_not_taken_for_a_lost_one(tmp_path):
+    done = Run(lose_one, ["mistaken"], tmp_path).finish(40)
+    assert "RuntimeError: an error of its own" in done.err
 
 
 def test_one_process_needs_no_group():
