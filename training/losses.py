@@ -85,8 +85,8 @@ class TrainingLoss:
         if self.distill.type == "hard":
             return F.cross_entropy(student, taught.argmax(1))
         tau = self.distill.tau
-        probabilities = (F.log_softmax(logits / tau, 1) for logits in (student, taught))
-        return tau**2 * F.kl_div(*probabilities, reduction="batchmean", log_target=True)
+        student, taught = (F.log_softmax(logits / tau, 1) for logits in (student, taught))
+        return tau**2 * F.kl_div(student, taught, reduction="batchmean", log_target=True)
 
 
 class Teacher:
