@@ -14,8 +14,10 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from .config import option, require
+from .errors import UsageError
 
 Transform = Callable[[Image.Image], Tensor]
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class AugmentConfig:
     hflip: float = option(0.5, "probability of a horizontal flip of a crop")
     color_jitter: float = option(0.0, "brightness, contrast, saturation; ignored by auto_augment")
     auto_augment: str | None = option(None, "timm policy, e.g. rand-m9-mstd0.5-inc1")
-    train_interpolation: str | None = option(None, "random, bilinear, bicubic; none: as evaluated")
+    train_interpolation: str | None = option(
+        None, "resizing; none: as evaluated", choices=("random", *INTERPOLATIONS)
+    )
     reprob: float = option(0.0, "probability of random erasing, with noise")
     mixup: float = option(0.0, "alpha of mixup, 0 for none")
     cutmix: float = option(0.0, "alpha of cutmix, 0 for none")
@@ -46,8 +50,15 @@ class AugmentConfig:
             value = getattr(self, name)
             require(0 <= value <= 1, f"augment.{name} must lie between 0 and 1, not {value}")
         require(self.repeats >= 1, f"--repeats must be at least 1, not {self.repeats}")
-        require(len(self.scale) == 2, f"--scale takes two numbers, not {self.scale}")
-        require(len(self.ratio) == 2, f"--ratio takes two numbers, not {self.ratio}")
+        for name in ("mixup", "cutmix", "color_jitter"):
+            value = getattr(self, name)
+            require(value >= 0, f"augment.{name} must not be negative: {value}")
+        for name, most in (("scale", 1.0), ("ratio", float("inf"))):
+            value = getattr(self, name)
+            require(
+                len(value) == 2 and 0 < value[0] <= value[1] <= most,
+                f"--{name} takes two positive numbers, the smaller one first, not {value}",
+            )
 
     @property
     def mixes(self) -> bool:
@@ -98,20 +109,26 @@ def train_transform(config: AugmentConfig, view: View, *, affine: bool) -> Trans
     """
     if config.geometry == "affine" or (config.geometry == "auto" and affine):
         return _affine_transform(view)
-    transform = create_transform(
-        (3, view.size, view.size),
-        is_training=True,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        interpolation=config.train_interpolation or view.interpolation,
-        mean=view.mean,
-        std=view.std,
-        re_prob=config.reprob,
-        re_mode="pixel",
-    )
+    try:
+        transform = create_transform(
+            (3, view.size, view.size),
+            is_training=True,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            interpolation=config.train_interpolation or view.interpolation,
+            mean=view.mean,
+            std=view.std,
+            re_prob=config.reprob,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"--auto-augment {config.auto_augment} is no policy of timm ({error}): use one like "
+            "rand-m9-mstd0.5-inc1"
+        ) from error
     return guard_posterize(transform)
 
 

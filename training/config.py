@@ -149,7 +149,7 @@ def read_recipe(name: str | Path, known: Mapping[str, Setting]) -> dict[str, Any
         raise UsageError(f"no recipe {path}{near}")
     try:
         groups = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from None
     pairs = list(_recipe_pairs(path, groups))
     return {_find(key, known, f" in {path}").key: value for key, value in pairs}

@@ -12,7 +12,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import Transform, View
+from .augment import INTERPOLATIONS, Transform, View
 from .config import option, require
 from .digits import Digits
 from .errors import UsageError
@@ -41,7 +41,9 @@ class DataConfig:
         "evaluation: crop the centre, squash or pad to a square; none: the model's",
         choices=("center", "squash", "border"),
     )
-    interpolation: str | None = option(None, "evaluation: resizing; none: the model's")
+    interpolation: str | None = option(
+        None, "evaluation: resizing; none: the model's", choices=INTERPOLATIONS
+    )
     mean: tuple[float, ...] | None = option(None, "pixel mean per channel; none: the model's")
     std: tuple[float, ...] | None = option(None, "pixel deviation per channel; none: the model's")
     workers: int | None = option(
@@ -60,6 +62,13 @@ class DataConfig:
             self.crop_pct is None or 0 < self.crop_pct <= 1,
             f"--crop-pct must lie between 0 and 1, not {self.crop_pct}",
         )
+        require(0 <= self.max_bad <= 1, f"--max-bad must lie between 0 and 1, not {self.max_bad}")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            require(
+                value is None or (len(value) == 3 and (name == "mean" or min(value) > 0)),
+                f"--{name} takes three numbers, of --std positive ones, not {value}",
+            )
 
 
 @dataclass(frozen=True)
@@ -204,6 +213,10 @@ class BadFiles:
     def add(self, failed: Tensor) -> None:
         """Remember the failures of a batch, `(B,)`, -1 where there was none."""
         self.indices.update(index for index in failed.tolist() if index >= 0)
+
+    def share(self, world: World) -> None:
+        """Let every process know the failures of all."""
+        self.indices.update(*world.gather(self.indices))
 
     def lines(self) -> Iterator[str]:
         """The names and what is wrong with each."""

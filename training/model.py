@@ -40,6 +40,10 @@ class TrainModelConfig(ModelConfig):
     )
 
     def __post_init__(self) -> None:
+        require(
+            self.drop_path is None or 0 <= self.drop_path < 1,
+            f"--drop-path must be at least 0 and below 1, not {self.drop_path}",
+        )
         require(self.aux_weight >= 0, f"--aux-weight {self.aux_weight} must not be negative")
 
 
@@ -93,12 +97,15 @@ def fit_input_size(model: Any, img_size: int) -> None:
     Raises:
         UsageError: The model cannot take this size.
     """
-    if not hasattr(model, "set_input_size"):
-        return
     try:
-        model.set_input_size(img_size=(img_size, img_size))
-    except (ValueError, AssertionError) as error:
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=(img_size, img_size))
+        # some find out only when they see an image
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, img_size, img_size))
+    except (ValueError, AssertionError, RuntimeError) as error:
         raise UsageError(f"--img-size {img_size}: {error}") from error
+    model.train()
 
 
 def load_into(

@@ -43,7 +43,11 @@ class OptimConfig:
     max_skips: int = option(20, "non-finite steps in a row before the run stops", may_change=True)
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"--lr must be positive, not {self.lr}")
+        require(0 < self.lr < float("inf"), f"--lr must be positive and finite, not {self.lr}")
+        require(
+            self.lr_per is None or self.lr_per >= 1,
+            f"--lr-per must be a batch size of 1 or more, not {self.lr_per}",
+        )
         require(self.weight_decay >= 0, f"--weight-decay is negative: {self.weight_decay}")
         require(self.clip is None or self.clip > 0, f"--clip must be positive, not {self.clip}")
         require(

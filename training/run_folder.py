@@ -101,8 +101,14 @@ class RunFolder:
         """
         try:
             begun = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise UsageError(f"{self.path}/config.yaml cannot be read ({error})") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(
+                f"{self.path}/config.yaml cannot be read ({error}): choose another --out"
+            ) from None
+        require(
+            isinstance(begun, dict) and all(isinstance(begun.get(group), dict) for group in config),
+            f"{self.path}/config.yaml is not that of a run of this version: choose another --out",
+        )
         different = [
             f"{s.flag} was {begun[s.group].get(s.name)}, now {config[s.group][s.name]}"
             for s in settings(schema).values()
@@ -126,7 +132,12 @@ class RunFolder:
             return
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if None not in row.values()]
-        self.rows = [row for row in map(_parse_row, rows) if row.step <= step]
+        try:
+            self.rows = [row for row in map(_parse_row, rows) if row.step <= step]
+        except (KeyError, ValueError, TypeError):
+            raise UsageError(
+                f"{path} is damaged: delete it to go on without the rows of earlier epochs"
+            ) from None
 
     def add_row(self, row: Row) -> None:
         """Append a row to `metrics.csv`."""

@@ -34,6 +34,9 @@ class ScheduleConfig:
             f"--warmup-epochs {self.warmup_epochs} must be less than --epochs {self.epochs}",
         )
         require(self.cooldown_epochs >= 0, f"--cooldown-epochs is negative: {self.cooldown_epochs}")
+        for name in ("warmup_lr", "min_lr", "step_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"schedule.{name} must not be negative: {value}")
         require(self.step_epochs > 0, f"--step-epochs must be positive, not {self.step_epochs}")
 
     @property

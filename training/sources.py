@@ -122,7 +122,7 @@ def _open_folder(path: Path, split: str) -> Source:
     try:
         reader = create_dataset("", root=str(folder), search_split=False).reader
     except RuntimeError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(f"{error}: put one folder of images per class there") from None
     _check_folders(folder, reader)
     return _Files(reader, _class_names(reader.class_to_idx))
 

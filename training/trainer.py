@@ -252,9 +252,9 @@ class Trainer:
             averaged = self._score(average.module) if average else None
         except InterruptedRunError:
             self._interrupt()
-        self._check_bad_files()
         progress = self.progress
         progress.total_seconds += time.monotonic() - begin
+        self.bad.share(self.world)
         row = make_row(progress, self.order, self._lr(progress.step - 1), score, averaged, self.bad)
         progress.finish_epoch(row)
         self.console.say(epoch_line(row, self.config.schedule.total_epochs))
@@ -264,13 +264,14 @@ class Trainer:
             self._save(proven=True)
         if self.world.first:
             self.curves.update(self.folder.rows)
+        self._check_bad_files()
 
     def _score(self, model: nn.Module) -> Score:
         with gathered(model):
             return self.evaluator.score(model, self.stop)
 
     def _finish(self) -> None:
-        if self.world.first:
+        if self.world.first and self.folder.rows:
             row, images = self.folder.rows[-1], len(self.splits.val)
             self.curves.finish(self.folder.rows)
             self._write_status("done", f"top-1 {row.top1:.2f} %")
@@ -290,10 +291,10 @@ class Trainer:
         # what led to a non-finite step may be in the weights: the last good checkpoint stays
         if self.progress.streak and not proven:
             return
-        bad = sorted(set().union(*self.world.gather(self.bad.indices)))
+        self.bad.share(self.world)
         meta: dict[str, Any] = {
             "progress": dataclasses.asdict(self.progress),
-            "bad_images": bad,
+            "bad_images": sorted(self.bad.indices),
             "model": self.config.model.name,
             "view": dataclasses.asdict(self.view),
             "classes": list(self.splits.classes or ()),
@@ -312,15 +313,16 @@ class Trainer:
         self._save_failed = not worked
 
     def _check_bad_files(self) -> None:
-        train = {line for part in self.world.gather(list(self.bad.lines())) for line in part}
-        val = self.world.gather(list(self.evaluator.bad.lines()))
+        kinds = (("training", self.bad), ("held-out", self.evaluator.bad))
+        found = [set().union(*self.world.gather(list(bad.lines()))) for _, bad in kinds]
         if self.world.first:
-            self.folder.write_bad_files([*train, *(line for part in val for line in part)])
-        if len(train) > self.bad.limit:
-            raise UsageError(
-                f"{len(train)} of {len(self.splits.train)} training images cannot be read, listed "
-                f"in {self.folder.path / 'bad_files.txt'}: repair them, or raise --max-bad "
-                f"above {self.config.data.max_bad}"
+            self.folder.write_bad_files(set().union(*found))
+        for (kind, bad), lines in zip(kinds, found, strict=True):
+            require(
+                len(lines) <= bad.limit,
+                f"{len(lines)} of {len(bad.source)} {kind} images cannot be read, listed in "
+                f"{self.folder.path / 'bad_files.txt'}: repair them, or raise --max-bad above "
+                f"{self.config.data.max_bad}",
             )
 
     def _write_status(self, state: str, reason: str = "") -> None:

@@ -85,7 +85,7 @@ def test_the_printed_config_is_a_recipe_with_origins(tmp_path):
         (["--lr", "fast"], "optim.lr (--lr) takes float, not 'fast'"),
         (["--epochs", "1.5"], "takes int"),
         (["--amp", "fp8"], "must be one of auto, none, bf16, fp16, not 'fp8'"),
-        (["--lr", "-1"], "--lr must be positive, not -1.0"),
+        (["--lr", "-1"], "--lr must be positive and finite, not -1.0"),
         (["--lr"], "expected one argument"),
         (["channels_last=maybe"], "takes bool"),
         (["--pretrained", "--finetune", "x.pth"], "use one"),
