@@ -96,7 +96,7 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
         # timm drops it without a word
         swallowed = given[name] is not None and not getattr(info, f"has_{name}")
         require(not swallowed, f"{config.name} takes no {name}: leave out --{name}")
-    kind = get_optimizer_class(config.name, bind_defaults=False)
+    kind: Any = get_optimizer_class(config.name, bind_defaults=False)
     # one pass over the weights where PyTorch has it (sharded ones: Adam's only), not a loop
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     fused = (torch.optim.Adam,) if sharded else (torch.optim.Adam, torch.optim.SGD)
