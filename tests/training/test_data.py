@@ -101,6 +101,10 @@ def test_the_view_is_the_settings_then_the_models():
     assert (view.size, view.crop_pct, view.mean) == (96, 1.0, (0.4,) * 3)
     digits = resolve_view(DataConfig(**FIELDS), Model())
     assert digits == View(32, (0.3,) * 3, (0.35,) * 3, "bilinear", 1.0)
+    Model.pretrained_cfg["crop_mode"] = "squash"
+    assert resolve_view(folder, Model()).crop_mode == "squash"
+    changed = dataclasses.replace(folder, crop_mode="border")
+    assert resolve_view(changed, Model()).crop_mode == "border"
 
 
 def test_labels_that_the_model_has_no_class_for_are_named():

@@ -15,15 +15,16 @@ import torch
 
 from backbones.training import checkpoint
 from backbones.training.commands import train, validate
+from backbones.training.validation import checkpoint_settings
 from tests.support import golden
 from tests.support.images import make_folder, make_shards, odd_files
 from tests.support.runs import Run, run
 
 # 3 epochs of 5 steps, a fraction of a second each, with everything that is random switched on
 SMALL = [
-    "--model", "test_byobnet", "--epochs", "3", "--batch-size", "256", "--warmup-epochs", "0",
+    "--model", "test_byobnet", "--epochs", "2", "--cooldown-epochs", "1", "--warmup-epochs", "0",
     "--ema-decay", "0.9", "--mixup", "0.2", "--drop-path", "0.1", "--repeats", "2",
-    "--checkpoint-every", "2",
+    "--batch-size", "256", "--crop-mode", "squash", "--checkpoint-every", "2",
 ]  # fmt: skip
 ONE, TWO = ["--processes", "1"], ["--processes", "2"]
 
@@ -67,7 +68,7 @@ def test_a_run_leaves_what_it_promises(whole):
     folder, processes, done = whole
     lines = done.out.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("test_byobnet, 0.20 M"))
-    assert "  schedule epochs=3 warmup_epochs=0.0" in lines[:begin]
+    assert "  schedule epochs=2 cooldown_epochs=1 warmup_epochs=0.0" in lines[:begin]
     # the model, the epochs, the summary of three lines and the times, the result
     assert done.err == "" and len(lines) == begin + 2 + 3 + 4 + 1
     assert re.fullmatch(r"top-1 \d+\.\d\d % \(\d+ of 360 held-out images\), best .*", lines[-1])
@@ -82,6 +83,7 @@ def test_a_run_leaves_what_it_promises(whole):
 
 def test_validation_reproduces_the_reported_accuracy(whole, tmp_path):
     folder, processes, _ = whole
+    assert checkpoint_settings(str(folder))["data.crop_mode"] == "squash"
     for argv, column in (([], "top1"), (["--ema"], "top1_ema")):
         done = run(validate, "--checkpoint", folder, *processes, *argv,
                    "--json", tmp_path / "result.json", folder=tmp_path)  # fmt: skip
