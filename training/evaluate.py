@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from .augment import View, eval_transform
 from .data import BadFiles, Batch, DataConfig, check_labels, make_loader
@@ -100,7 +101,10 @@ class Evaluator:
         self._answers = []
         total = torch.zeros(4, dtype=torch.float64)
         batches, failure = iter(self._loader), None
-        for number in range(self._batches.rounds):
+        # none: a bar on a terminal only
+        hidden = None if self.world.first else True
+        rounds = range(self._batches.rounds)
+        for number in tqdm(rounds, "evaluation", unit="batch", leave=False, disable=hidden):
             if stop():
                 failure = failure or InterruptedRunError("interrupted during the evaluation")
             fail_together(self.world, failure)

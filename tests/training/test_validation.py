@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from backbones.training.commands import train, validate
 from backbones.training.errors import UsageError
 from backbones.training.validation import plan, read_settings
+from tests.support.images import write_shard
 from tests.support.runs import run
 
 ONE, TWO = ["--processes", "1"], ["--processes", "2"]
@@ -112,6 +115,27 @@ def test_real_labels_and_a_flip_reach_the_results(trained, tmp_path):
     assert done.out.splitlines()[0].split()[1:4] == ["top-1", "top-5", "real"]
     wrong = run(validate, *argv, "--data", "digits", "--real-labels", "imagenet", folder=tmp_path)
     assert wrong.code == 2 and "is not called as ILSVRC2012_val_" in wrong.err
+
+
+def test_what_one_process_meets_ends_the_model_in_all(tmp_path):
+    # the second process gets the image of class 1, which the model does not have
+    random = np.random.RandomState(0)
+    members = {}
+    for label in (0, 1):
+        file = io.BytesIO()
+        Image.fromarray(random.randint(0, 256, (32, 32, 3)).astype(np.uint8)).save(file, "png")
+        members |= {f"{label}.png": file.getvalue(), f"{label}.cls": str(label).encode()}
+    write_shard(tmp_path / "toy-val-0.tar", members)
+    for name in "ab":
+        model = timm.create_model("test_byobnet", num_classes=1)
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    argv = ["--data", "wds/toy", "--data-root", ".", "--num-classes", "1", "--workers", "0"]
+    argv += ["--model", "test_byobnet", "--img-size", "32", "--batch-size", "2", *TWO]
+    alone = run(validate, *argv, "--checkpoint", "a.safetensors", folder=tmp_path)
+    assert alone.code == 2 and alone.err.startswith("error: an image is of class 1, but the model")
+    both = run(validate, *argv, "--checkpoint", "*.safetensors", folder=tmp_path)
+    assert both.code == 2 and "2 of 2 models" in both.err
+    assert all("an image is of class 1" in row["error"] for row in _rows(tmp_path))
 
 
 def test_names_expand_to_command_lines(tmp_path, monkeypatch):
