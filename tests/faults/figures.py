@@ -8,7 +8,22 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from tests.faults import crowd, files, flips, hub, local, offline
+from tests.faults import (
+    crowd,
+    endless,
+    files,
+    flips,
+    hub,
+    images,
+    kills,
+    local,
+    nonfinite,
+    offline,
+    resources,
+    saves,
+    stops,
+    usage,
+)
 from tests.faults.lab import Case, Lab, Outcome
 
 
@@ -63,6 +78,13 @@ def _inject(case: Case, lab: Lab) -> Outcome:
 
 SUITES = ("hub", "files", "train", "usage")
 FIGURES = (
+    independent("F1", "train", "kills of a run, then other workers", kills.ONE_PROCESS),
+    independent("F2", "train", "kills of one of two, under torchrun", kills.TWO_PROCESSES, 60),
+    independent("F3", "train", "signals to stop", stops.CASES),
+    independent("F4", "train", "kills and full disks while saving", saves.CASES),
+    independent("F5", "train", "losses and gradients not finite", nonfinite.CASES),
+    independent("F6", "train", "odd and broken images", images.CASES),
+    independent("F7", "usage", "misuse of the programs", usage.CASES),
     Figure("F8", "hub", "faults of the hub", hub.NAMES, hub.run),
     Figure(
         *("F9", "files", "broken and hostile files", tuple(files.THIRTY)),
@@ -84,6 +106,10 @@ FIGURES = (
         offline.run_stalled,
         seconds=1.0,
     ),
+    independent("F14", "train", "long runs, leaks", endless.LEAKS),
+    independent("F15", "train", "the same command twice", endless.TWICE),
+    independent("F16", "train", "other numbers of processes", endless.RESIZED),
+    independent("memory", "train", "no memory, no room, dead loading processes", resources.CASES),
     Figure("other", "files", "models, types, shards and disks", local.NAMES, local.run),
 )
 

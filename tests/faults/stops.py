@@ -31,7 +31,10 @@ def _stopped(fault: Fault, count: int, torchrun: bool, lab: Lab) -> str:
     if done.code != (1 if torchrun else 75):
         return f"exit code {done.code}: {done.err[-2000:]}"
     wrong = "" if torchrun else one_line(done)
-    wrong = wrong or _unsaved(folder / "out", fault.step + 1)
+    # the signal comes within a step, and is heard before the next or after it
+    wrong = wrong or _unsaved(folder / "out", log(folder)[-1]["step"] + 1)
+    if log(folder)[-1]["step"] > fault.step + 1:
+        wrong = f"heard only after {log(folder)[-1]}"
     if wrong:
         return wrong
     rest = faulty(folder, argv)
