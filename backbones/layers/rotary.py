@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx
@@ -15,7 +15,8 @@ from backbones.ops import rotary_table
 @torch.fx.wrap
 def table_of_map(x: Tensor, theta: Tensor) -> Tensor:
     """Cosines and sines `(2, H + W, D / 4)` for a map `(B, H, W, C)`, at least in float32."""
-    frequencies = theta.double() if x.dtype == torch.float64 else theta
+    dtype = torch.float64 if x.dtype == torch.float64 else theta.dtype
+    frequencies = theta.to(device=x.device, dtype=dtype)
     # more than the longer side needs, but a trace can record a sum, and no comparison
     return rotary_table(frequencies, x.shape[1] + x.shape[2])
 
@@ -24,7 +25,9 @@ class RotaryPosition(nn.Module):
     """Angles by which pairs of channels are turned, row by row and column by column.
 
     The frequencies fall from 1 to 1e-4 in equal ratios, both ends included. They stay in float32
-    whatever the type of the model: rounded ones would misplace far pixels.
+    whatever the type of the model: rounded ones would misplace far pixels. They are no buffer:
+    libraries that fill a model made on the meta device put new memory into buffers, and not all ask
+    to have it computed again (DETR of transformers).
 
     Args:
         head_dim: Channels `D` of a head, a multiple of 4.
@@ -34,29 +37,23 @@ class RotaryPosition(nn.Module):
         ValueError: A `head_dim` that is no multiple of 4.
     """
 
-    # torch.jit.script stumbles over annotations of a module class
-    if TYPE_CHECKING:
-        theta: Tensor
-
     def __init__(self, head_dim: int, device: Any = None) -> None:
         super().__init__()
         if head_dim < 4 or head_dim % 4:
             raise ValueError(f"head_dim={head_dim} must be a multiple of 4 for rotary positions")
         self.head_dim = head_dim
-        self.register_buffer("theta", self._frequencies().to(device), persistent=False)
+        self.theta = self._frequencies(torch.empty(0, device=device).device)
 
-    def _frequencies(self) -> Tensor:
+    def _frequencies(self, device: torch.device) -> Tensor:
         # computed as the official code does: pow of another device may round otherwise
-        return 1.0 / (10000 ** torch.linspace(0, 1, self.head_dim // 4, device="cpu"))
+        theta = 1.0 / (10000 ** torch.linspace(0, 1, self.head_dim // 4, device="cpu"))
+        # the meta device has no values to move to another one later
+        return theta if device.type == "meta" else theta.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPosition:
         super()._apply(fn, recurse)
-        self.init_non_persistent_buffers()
+        self.theta = self._frequencies(fn(self.theta).device)
         return self
-
-    def init_non_persistent_buffers(self) -> None:
-        """Compute again what the state dict does not hold."""
-        self.theta = self._frequencies().to(self.theta.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, H, W, C)`, return its table `(2, H + W, D / 4)` for `apply_rotary`."""
