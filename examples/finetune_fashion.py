@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -145,10 +146,11 @@ def main() -> None:
     report = {
         "budget": name,
         "held_out": given.val,
+        # train.py's other settings are its defaults
         "settings": settings[2:],
         "ways": results,
         "versions": {"python": platform.python_version(), **versions()},
-        "device": f"CPU, {platform.machine()}",
+        "device": f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
     }
     folder = ROOT / "benchmarks/results" if given.write else given.work
     draw(results, f"Fashion-MNIST, {name}", folder / "finetune_fashion.png")

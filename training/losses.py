@@ -147,7 +147,7 @@ def build_teacher(
     if fresh or other or getattr(model, "num_classes", num_classes) != num_classes:
         raise UsageError(
             f"--teacher {config.teacher} does not know the {num_classes} classes of the data: "
-            "use --teacher-checkpoint with weights that were"
+            "use --teacher-checkpoint with weights that do"
         )
     seen = resolve_data_config(model=model) | meta.get("view", {})
     return Teacher(model.to(device), seen["mean"], seen["std"], student)
