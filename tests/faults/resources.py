@@ -31,7 +31,8 @@ def _ended(fault: Fault, code: int, says: str, lab: Lab) -> str:
         return f"exit code {done.code}: {done.err}"
     if wrong := one_line(done):
         return wrong
-    if status(folder / "out")["state"] != "failed":
+    # on a full disk there is no room to say so
+    if fault.kind != "full" and status(folder / "out")["state"] != "failed":
         return f"status.json says {status(folder / 'out')}"
     rest = faulty(folder, _ARGV)
     return rest.err if rest.code else difference(folder / "out", whole(lab, 1))
@@ -39,7 +40,7 @@ def _ended(fault: Fault, code: int, says: str, lab: Lab) -> str:
 
 def _survived(fault: Fault, says: str, lab: Lab) -> str:
     """Go on after a fault, to the same bits."""
-    folder = lab.folder / f"{fault.kind}-{fault.bytes}-survived"
+    folder = lab.folder / f"{fault.kind}-{fault.last}-survived"
     done = faulty(folder, [*_ARGV, "--workers", "2"], fault)
     if done.code or says not in done.out:
         return f"exit code {done.code}: {done.out} {done.err}"

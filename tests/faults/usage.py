@@ -19,8 +19,11 @@ from tests.support.images import make_folder
 from tests.support.runs import run
 
 # quick, in case a mistake is not found
-_TRAIN = "--model test_byobnet --processes 1 --epochs 1 --warmup-epochs 0 --batch-size 718".split()
-_VALIDATE = "--model test_byobnet --processes 1".split()
+_TRAIN = (
+    *("--model", "test_byobnet", "--processes", "1"),
+    *("--epochs", "1", "--warmup-epochs", "0", "--batch-size", "718"),
+)
+_VALIDATE = ("--model", "test_byobnet", "--processes", "1")
 
 
 @functools.cache
