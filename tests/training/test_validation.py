@@ -93,7 +93,8 @@ def test_accuracy_by_class_adds_up(trained, processes):
     assert (folder / "validation-confusion.png").is_file()
 
 
-def test_real_labels_and_a_flip_reach_the_results(trained, tmp_path):
+@pytest.mark.parametrize("processes", [ONE, TWO], ids=["1 process", "2 processes"])
+def test_real_labels_and_a_flip_reach_the_results(tmp_path, processes):
     for number in range(1, 5):
         place = tmp_path / "data" / "val" / f"n{number % 2}"
         place.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def test_real_labels_and_a_flip_reach_the_results(trained, tmp_path):
     # everything is taken for class 1, which images 1 and 3 are; image 4 has no real label
     (tmp_path / "real.json").write_text("[[0, 1], [1], [0], []]")
     argv = ["--model", "test_byobnet", "--checkpoint", "ones.safetensors", "--data", "data"]
-    argv += ["--img-size", "32", "--workers", "0", "--test-time-flip", *ONE]
+    argv += ["--img-size", "32", "--workers", "0", "--test-time-flip", *processes]
     done = run(validate, *argv, "--real-labels", "real.json", folder=tmp_path)
     assert done.code == 0, done.err
     (row,) = _rows(tmp_path)
