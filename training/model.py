@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import backbones
-from backbones.pretrained import WeightsError, convert_state_dict, load_weights
+from backbones.pretrained import WeightsError, load_weights
 
 from . import checkpoint
 from .config import option, require
@@ -126,10 +127,12 @@ def load_into(
         WeightsError: The weights cannot be found, read or fitted to the model.
     """
     given = _read(location, ema)
-    if type(model).__module__.startswith("backbones."):
+    family = sys.modules[type(model).__module__]
+    if family.__name__.startswith("backbones."):
         try:
-            given = convert_state_dict(given, model, require_head=False)
-        except WeightsError as error:
+            # official names are ours too, and tables of positions fit other sizes of images
+            given = family.checkpoint_filter_fn(given, model)
+        except (WeightsError, ValueError) as error:
             raise WeightsError(f"{location}: {error}") from error
     target = model.state_dict()
     layers = _classifier_names(model)

@@ -8,6 +8,7 @@ import signal
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.convert import convert
@@ -22,6 +23,7 @@ from backbones.training.finetune import FinetuneConfig, freeze, load_trained
 from backbones.training.model import TrainModelConfig, build_model, create, load_into
 from backbones.training.runtime import World
 from backbones.training.train_config import TrainConfig
+from tests.backbones.models import FAMILIES
 from tests.support.images import make_folder
 from tests.support.runs import Run, run
 
@@ -134,6 +136,16 @@ def test_the_classifier_is_kept_for_the_same_classes_only(digits):
 
 def _state(folder):
     return checkpoint.load(checkpoint.latest(folder / "ckpt"))
+
+
+def test_tables_of_positions_fit_images_of_another_size(tmp_path):
+    source, model = (FAMILIES["maxvit"].create_short() for _ in range(2))
+    model.set_input_size(img_size=(96, 96))
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    assert load_into(model, str(tmp_path / "model.safetensors")) == []
+    source.set_input_size(img_size=(96, 96))
+    expected = source.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("processes", [ONE, TWO], ids=["1 process", "2 processes"])
