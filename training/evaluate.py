@@ -100,7 +100,8 @@ class Evaluator:
         self.world.share_buffers(model)
         self._answers = []
         total = torch.zeros(4, dtype=torch.float64)
-        batches, failure = iter(self._loader), None
+        batches = iter(self._loader)
+        failure: Exception | None = None
         # none: a bar on a terminal only
         hidden = None if self.world.first else True
         rounds = range(self._batches.rounds)
