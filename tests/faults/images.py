@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import signal
 import struct
 import zlib
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from backbones.training.commands import train
 from tests.faults.client import obey_modes
 from tests.faults.lab import Case, Lab
+from tests.faults.sabotage import Fault, train_with
 from tests.faults.trained import one_line, processes
 from tests.support.images import encode, make_folder
 from tests.support.runs import Finished, run
@@ -108,19 +109,23 @@ def _make(root: Path) -> Path:
     return root
 
 
-def train_with_modes(argv: Sequence[str]) -> int:
-    """Run train.py by a user who is not root."""
+def train_with_modes(faults: Sequence[Fault], argv: Sequence[str]) -> int:
+    """Run train.py with faults, by a user who is not root."""
     if os.geteuid() == 0:
         obey_modes()
-    return train(argv)
+    return train_with(faults, argv)
+
+
+def _train(folder: Path, data: Path, *argv: object, faults: Sequence[Fault] = ()) -> Finished:
+    argv = (*_ARGV, *processes(1), "--data", data, "--epochs", 1, "--out", "out", *argv)
+    return run(partial(train_with_modes, faults), *argv, folder=folder)
 
 
 @functools.cache
 def _trained(lab: Lab, max_bad: float, workers: int) -> tuple[Path, Finished]:
     folder = lab.folder / f"images-{max_bad}-{workers}"
     data = _make(folder / "data")
-    done = run(train_with_modes, *_ARGV, "--data", data, "--epochs", 1, "--max-bad", max_bad,
-               "--workers", workers, *processes(1), "--out", "out", folder=folder)  # fmt: skip
+    done = _train(folder, data, "--max-bad", max_bad, "--workers", workers)
     return folder / "out", done
 
 
@@ -140,15 +145,25 @@ def _met(name: str, broken: bool, lab: Lab) -> str:
     return "" if not broken or listed[name] else "no reason is given"
 
 
-def _exact(lab: Lab) -> str:
+def _exact(folder: Path) -> str:
     """The list holds the broken files and nothing else, and the table counts them."""
-    folder, _ = _trained(lab, 0.5, 1)
     expected = {name for name, _ in BROKEN.values()} | set(_LISTED)
     if _listed(folder).keys() != expected:
         return f"listed: {sorted(_listed(folder).keys() ^ expected)}"
     header, row = (line.split(",") for line in (folder / "metrics.csv").read_text().split())
     count = dict(zip(header, row, strict=True))["bad_images"]
     return "" if count == str(len(expected)) else f"metrics.csv counts {count}"
+
+
+def _resumed(lab: Lab) -> str:
+    """Kill a run that has met some: the next one still lists them."""
+    folder = lab.folder / "images-killed"
+    argv = ["--max-bad", 0.5, "--workers", 0, "--checkpoint-every", 3]
+    data = _make(folder / "data")
+    if _train(folder, data, *argv, faults=[Fault("kill", 10)]).code != -signal.SIGKILL:
+        return "was not killed"
+    done = _train(folder, data, *argv)
+    return done.err if done.code else _exact(folder / "out")
 
 
 def _limited(lab: Lab) -> str:
@@ -165,6 +180,7 @@ CASES: dict[str, Case] = {
     "dangling link": partial(_met, "link.png", True),
     "no permission": partial(_met, "forbidden.png", True),
     "folder called .png": partial(_met, "folder.png", False),
-    "all of them: the list is exact": _exact,
+    "all of them: the list is exact": lambda lab: _exact(_trained(lab, 0.5, 1)[0]),
+    "all of them: the list after a kill": _resumed,
     "all of them: above the limit": _limited,
 }
