@@ -126,9 +126,11 @@ def plan(argv: Sequence[str]) -> list[list[str]]:
     """
     model = parse(ValidateConfig, argv, program="validate.py").config.model
     if model.checkpoint:
-        return [[*argv, "--checkpoint", path] for path in _expand(model.checkpoint, _find_paths)]
+        paths = _expand(model.checkpoint, lambda pattern: sorted(glob.glob(pattern)))
+        return [[*argv, "--checkpoint", path] for path in paths]
     require(model.pretrained, "nothing to evaluate: use --checkpoint RUN_OR_FILE, or --pretrained")
-    return [[*argv, "--model", name] for name in _expand(model.name, _find_models)]
+    names = _expand(model.name, lambda pattern: timm.list_models(pattern, pretrained=True))
+    return [[*argv, "--model", name] for name in names]
 
 
 def read_settings(argv: Sequence[str]) -> Parsed[ValidateConfig]:
@@ -294,14 +296,6 @@ def _expand(words: str, find: Callable[[str], list[str]]) -> list[str]:
         )
         found += here
     return list(dict.fromkeys(found))
-
-
-def _find_models(pattern: str) -> list[str]:
-    return timm.list_models(pattern, pretrained=True)
-
-
-def _find_paths(pattern: str) -> list[str]:
-    return sorted(glob.glob(pattern))
 
 
 def _together(world: World, action: Callable[[], T]) -> T:
