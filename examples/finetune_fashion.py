@@ -137,9 +137,8 @@ def main() -> None:
     settings = ["--data", str(data), "--epochs", str(given.epochs), *VIEW]
     results = []
     for number, (way, argv) in enumerate(WAYS.items()):
-        argv = [word.format(digits=given.digits) for word in argv]
         out = given.work / f"run-{given.images}x{given.epochs}-{number}"
-        curve = train([*settings, *argv], out)
+        curve = train([*settings, *(word.format(digits=given.digits) for word in argv)], out)
         results.append({"way": way, "argv": argv, "top1": curve[-1], "top1_by_epoch": curve})
         print(f"{way}: top-1 {curve[-1]:.2f} %")
     name = f"{given.images} images x {given.epochs} epochs"
