@@ -120,9 +120,9 @@ def make_ema(config: EmaConfig, model: nn.Module) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=config.decay, use_warmup=config.warmup)
 
 
-def clipped_parameters(config: OptimConfig, model: nn.Module) -> list[nn.Parameter]:
+def clipped_parameters(config: OptimConfig, model: Any) -> list[nn.Parameter]:
     """The parameters of `model` in training whose gradients are clipped."""
-    head: Any = None if config.clip_head else model.get_classifier()
+    head = None if config.clip_head else model.get_classifier()
     spared = set() if head is None else {id(p) for p in head.parameters()}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in spared]
 
