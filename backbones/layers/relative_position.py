@@ -9,6 +9,7 @@ over a view of a parameter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isqrt, prod
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,7 @@ class RelativePositionMlp(nn.Module):
     """Two linear layers of the logarithms of an offset (after Swin V2, arXiv 2111.09883).
 
     The offsets enter as `sign(d) * ln(1 + |d|)`. In training an eighth of the hidden units is
-    dropped.
+    dropped. What follows from the window is no buffer, as in `RotaryPosition`.
 
     Args:
         window_size: Rows and columns of a window.
@@ -150,10 +151,6 @@ class RelativePositionMlp(nn.Module):
         device: Where parameters are made.
         dtype: Their type.
     """
-
-    # torch.jit.script stumbles over annotations of a module class
-    if TYPE_CHECKING:
-        log_offsets: Tensor
 
     def __init__(
         self,
@@ -167,21 +164,21 @@ class RelativePositionMlp(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.window_size = window_size
         self.mlp = Mlp(2, hidden_dim, num_heads, act_layer=nn.ReLU, drop=(0.125, 0.0), **dd)
-        like = torch.empty(0, **dd)
-        self.register_buffer("log_offsets", _log_offsets(window_size, like), persistent=False)
+        self.log_offsets = _log_offsets(window_size, torch.empty(0, device=device).device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RelativePositionMlp:
+        super()._apply(fn, recurse)
+        self.log_offsets = _log_offsets(self.window_size, fn(self.log_offsets).device)
+        return self
 
     def get_table(self) -> Tensor:
         """Return the table, computed anew."""
-        return self.mlp(self.log_offsets).permute(2, 0, 1)
+        return self.mlp(self.log_offsets.to(self.mlp.fc1.weight)).permute(2, 0, 1)
 
     def set_window_size(self, window_size: Window) -> None:
         """Compute the offsets of another window; no parameter changes."""
         self.window_size = window_size
-        self.log_offsets = _log_offsets(window_size, self.log_offsets)
-
-    def init_non_persistent_buffers(self) -> None:
-        """Compute again what the state dict does not hold."""
-        self.log_offsets.copy_(_log_offsets(self.window_size, self.log_offsets))
+        self.log_offsets = _log_offsets(window_size, self.log_offsets.device)
 
     @torch.no_grad()
     def fuse(self) -> RelativePositionTable:
@@ -189,11 +186,13 @@ class RelativePositionMlp(nn.Module):
         return RelativePositionTable(self.eval().get_table(), self.window_size)
 
 
-def _log_offsets(window: Window, like: Tensor) -> Tensor:
-    """`(2P - 1, 2Q - 1, 2)`, rounded to float32 first: a model made in float32 equals its copy."""
-    axes = [torch.arange(1 - n, n, dtype=torch.float32, device=like.device) for n in window]
+def _log_offsets(window: Window, device: torch.device) -> Tensor:
+    """`(2P - 1, 2Q - 1, 2)`, in float32: a model made in float32 equals its copy."""
+    axes = [torch.arange(1 - n, n, dtype=torch.float32, device="cpu") for n in window]
     logs = [axis.sign() * (1 + axis.abs()).log() for axis in axes]
-    return torch.stack(torch.meshgrid(*logs, indexing="ij"), dim=-1).to(like.dtype)
+    values = torch.stack(torch.meshgrid(*logs, indexing="ij"), dim=-1)
+    # the meta device has no values to move to another one later
+    return values if device.type == "meta" else values.to(device)
 
 
 class RelativePositionTable(nn.Module):

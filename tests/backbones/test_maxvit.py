@@ -113,14 +113,17 @@ def test_equals_the_golden_files(name, run):
         "logits": model.forward_head(features),
     }
     assert set(values) == set(expected) - {"input"}
+    # processors round the logarithms of offsets, in float32, in different ways: timm's model errs
+    # by 4e-9 where ours does
+    tolerance = 1e-8 if "rmlp" in name else 1e-10
     for key, value in values.items():
         summary = expected[key]
         assert list(value.shape) == summary["shape"]
         samples = torch.tensor(summary["samples"], dtype=torch.float64)
         scale = samples.abs().max()
-        assert (golden.samples(value) - samples).abs().max() < 1e-10 * scale, key
-        assert abs(value.mean() - summary["mean"]) < 1e-10 * scale, key
-        assert abs(value.std() - summary["std"]) < 1e-10 * scale, key
+        assert (golden.samples(value) - samples).abs().max() < tolerance * scale, key
+        assert abs(value.mean() - summary["mean"]) < tolerance * scale, key
+        assert abs(value.std() - summary["std"]) < tolerance * scale, key
 
 
 @pytest.mark.parametrize("name, sizes", [("maxvit_pico_rw_256", [(256, 256), (512, 256)])])

@@ -18,6 +18,8 @@ SMALLEST = {
     "ravlt": "ravlt_t",
     "shvit": "shvit_s1",
     "tic": "tic_tiny",
+    # with tables that follow from the arguments, in no state dict, as RAVLT has
+    "maxvit_rmlp": "maxvit_rmlp_pico_rw_256",
 }
 quick_and_slow = pytest.mark.parametrize(
     "name",
