@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -58,9 +60,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._ask)
+        names = ("SIGTERM", "SIGINT", "SIGUSR1")
+        self._numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        for number in self._numbers:
+            signal.signal(number, self._ask)
+        if hasattr(os, "register_at_fork"):
+            self._listen()
 
     def __call__(self) -> bool:
         """Whether a signal has come."""
@@ -72,6 +77,26 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._asked_at = self._asked_at or time.monotonic()
+
+    def _listen(self) -> None:
+        # while the main thread waits in a collective, no handler of Python's is called
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # what is sent to a loading process is not meant for this one
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._end, args=(reader,), daemon=True).start()
+
+    def _end(self, reader: int) -> None:
+        asked_at = None
+        while True:
+            number = os.read(reader, 1)[0]
+            if number in self._numbers:
+                asked_at = asked_at or time.monotonic()
+                if time.monotonic() - asked_at > 1:
+                    # the handler comes first if it can
+                    time.sleep(0.5)
+                    os._exit(128 + number)
 
 
 def duration(seconds: float) -> str:
