@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .data import Batch, check_labels
 from .keys import key, seed_step
 from .losses import Teacher, TrainingLoss
-from .optim import clip_gradients, clipped_parameters, gradient_norm, make_ema, make_optimizer
+from .optim import clip_gradients, gradient_norm, make_ema, make_optimizer
 from .parallel import (
     average,
     distribute,
@@ -83,7 +83,6 @@ class Engine:
         self.optimizer = make_optimizer(config.optim, model)
         self._seed = config.run.seed
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._clipped = clipped_parameters(config.optim, model)
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
         self._precision = runtime.precision(world.device)
         self._layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
@@ -175,7 +174,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         with explained(self.optim) if self._sharded else contextlib.nullcontext():
-            clip_gradients(self.optim, self._clipped, norm)
+            clip_gradients(self.optim, self._parameters, norm)
             self._scaler.step(self.optimizer)
         if self.ema is not None:
             average(self.ema, self.model, step + 1)

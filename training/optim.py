@@ -38,7 +38,6 @@ class OptimConfig:
     )
     clip: float | None = option(1.0, "gradient clipping; none: off")
     clip_mode: str = option("norm", "what is clipped", choices=("norm", "value", "agc"))
-    clip_head: bool = option(True, "agc: clip the gradients of the classifier too")
     accumulate: int = option(1, "micro-batches per step")
     max_skips: int = option(20, "non-finite steps in a row before the run stops", may_change=True)
 
@@ -53,10 +52,6 @@ class OptimConfig:
         require(
             self.layer_decay is None or 0 < self.layer_decay <= 1,
             f"--layer-decay must lie between 0 and 1, not {self.layer_decay}",
-        )
-        require(
-            self.clip_head or self.clip_mode == "agc",
-            f"--no-clip-head needs --clip-mode agc, not {self.clip_mode}",
         )
         require(
             self.momentum is None or 0 <= self.momentum < 1,
@@ -120,13 +115,6 @@ def make_ema(config: EmaConfig, model: nn.Module) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=config.decay, use_warmup=config.warmup)
 
 
-def clipped_parameters(config: OptimConfig, model: Any) -> list[nn.Parameter]:
-    """The parameters of `model` in training whose gradients are clipped."""
-    head = None if config.clip_head else model.get_classifier()
-    spared = set() if head is None else {id(p) for p in head.parameters()}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in spared]
-
-
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a scalar on their device."""
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -138,8 +126,8 @@ def clip_gradients(config: OptimConfig, parameters: Sequence[Tensor], norm: Tens
 
     Args:
         config: The limit and its meaning.
-        parameters: The `clipped_parameters`.
-        norm: The `gradient_norm` of all.
+        parameters: All of the model's, the classifier's too (agc).
+        norm: Their `gradient_norm`.
     """
     if config.clip is None:
         return

@@ -23,8 +23,8 @@ from .sources import Source
 
 COLUMNS = (
     "model", "weights", "data", "top1", "top1_err", "top5", "loss", "n", "unreadable", "real_top1",
-    "real_top5", "real_n", "img_size", "crop_pct", "interpolation", "params_M", "gmacs",
-    "images_per_s", "peak_memory_MiB", "weights_sha256", "error",
+    "real_top5", "real_n", "img_size", "crop_pct", "crop_mode", "interpolation", "params_M",
+    "gmacs", "images_per_s", "peak_memory_MiB", "weights_sha256", "error",
 )  # fmt: skip
 CLASS_COLUMNS = ("class", "n", "top1", "confused_with", "confused")
 _MOST_DRAWN = 50

@@ -191,7 +191,8 @@ def _evaluate(config: ValidateConfig, world: World, stem: Path) -> dict[str, Any
         source, view, config.data, config.runtime, world, flip=asked.test_time_flip
     )
     begin = time.monotonic()
-    score = evaluator.score(model)
+    network: Any = torch.compile(model) if config.runtime.compile else model
+    score = evaluator.score(network)
     seconds = time.monotonic() - begin
     bad = sum(world.gather(len(evaluator.bad.indices)))
     if bad > evaluator.bad.limit:
@@ -271,6 +272,7 @@ def _row(
         "n": score.images,
         "img_size": view.size,
         "crop_pct": view.crop_pct,
+        "crop_mode": view.crop_mode,
         "interpolation": view.interpolation,
         "params_M": round(count_parameters(model) / 1e6, 3),
         "gmacs": round(count_macs(model, (3, view.size, view.size)) / 1e9, 3),

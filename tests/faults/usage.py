@@ -110,7 +110,6 @@ _TRAINING = {
     "--momentum -1": "--momentum must lie between 0 and 1, not -1",
     "--layer-decay 2": "--layer-decay must lie between 0 and 1, not 2",
     "--clip 0": "--clip must be positive, not 0",
-    "--no-clip-head": "--no-clip-head needs --clip-mode agc",
     "--accumulate 4": "use a multiple of 4",
     "--epochs 0": "--epochs must be at least 1, not 0",
     "--warmup-epochs 1": "1.0 must be less than --epochs 1",

@@ -181,7 +181,7 @@ def test_the_values_are_the_published_ones(name):
     assert (optim.name, optim.weight_decay) == ("adamw", expected.decay)
     assert (optim.betas, optim.eps) == ((0.9, 0.999), 1e-8)
     assert ((optim.clip, optim.clip_mode) if optim.clip else None) == expected.clip
-    assert optim.clip_head and optim.layer_decay is None
+    assert optim.layer_decay is None
     assert config.ema.decay == expected.ema and not (expected.ema and config.ema.warmup)
     assert (augment.mixup, augment.cutmix, augment.mixup_prob) == (*expected.mix, 1.0)
     assert (augment.smoothing, augment.repeats) == (0.1, expected.repeats)

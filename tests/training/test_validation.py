@@ -164,3 +164,11 @@ def test_names_expand_to_command_lines(tmp_path, monkeypatch):
 def test_what_names_nothing_is_refused(argv, message):
     with pytest.raises(UsageError, match=message):
         plan(argv)
+
+
+def test_a_model_is_compiled_on_demand(trained, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.chdir(trained)
+    assert validate(["--checkpoint", "runs/a", *ONE]) == 0 and not compiled
+    assert validate(["--checkpoint", "runs/a", "--compile", *ONE]) == 0 and len(compiled) == 1
