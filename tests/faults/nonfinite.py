@@ -15,6 +15,7 @@ from tests.faults.trained import (
     log,
     one_line,
     processes,
+    states,
     status,
     whole,
 )
@@ -32,6 +33,8 @@ def _skipped(fault: Fault, lab: Lab) -> str:
         skipped = [line["step"] for line in log(folder, rank) if not line["finite"]]
         if skipped != [fault.step]:
             return f"rank {rank} skips {skipped}, not step {fault.step}"
+    if int(states(folder / "out")["step"]) != STEPS:
+        return "the end is not saved, as its evaluation was not finite"
     return "" if finite(folder / "out") else "the checkpoint is not finite"
 
 
