@@ -236,12 +236,15 @@ class _SyncBatchNorm(_BatchNorm):
         mean = _SumOverProcesses.apply(values.sum(axes)) / count
         values = values - mean.view(shape)
         variance = _SumOverProcesses.apply(values.square().sum(axes)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-            self.num_batches_tracked += 1
+        self._follow(mean.detach(), variance.detach() * (count / (count - 1)))
         scale = torch.rsqrt(variance + self.eps) * self.weight
         return (values * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        statistics: Any = self
+        statistics.running_mean.lerp_(mean, self.momentum)
+        statistics.running_var.lerp_(variance, self.momentum)
+        statistics.num_batches_tracked += 1
 
 
 class _SumOverProcesses(torch.autograd.Function):
