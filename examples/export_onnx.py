@@ -1,7 +1,7 @@
-"""Write a model as an ONNX file for batches of any size, and compare it with the model.
+"""Write a model as an ONNX file for one size of images, and compare it with the model.
 
 python examples/export_onnx.py shvit_s1 shvit_s1.onnx --pretrained
-python examples/export_onnx.py local-dir:my_model my_model.onnx --pretrained --any-size
+python examples/export_onnx.py local-dir:my_model my_model.onnx --pretrained
 
 It needs onnxscript and onnxruntime. Weights of more than 2 GB are put beside the file.
 """
@@ -22,22 +22,19 @@ def main() -> None:
     parser.add_argument("name", help="a model, with or without tag, local-dir:... or hf-hub:...")
     parser.add_argument("file", help="what to write")
     parser.add_argument("--pretrained", action="store_true", help="with its weights")
-    parser.add_argument("--any-size", action="store_true", help="leave the size of images free")
     arguments = parser.parse_args()
 
     model = backbones.create_model(arguments.name, pretrained=arguments.pretrained).eval()
-    # BatchNorm and the like become part of the weights; ours only, so timm's types do not know it
-    model = model.fuse()  # type: ignore[operator]
+    # BatchNorm and the like become part of the weights
+    model = model.fuse()
     channels, height, width = model.pretrained_cfg["input_size"]
     # two images: of one, export would make a constant
     images = torch.rand(2, channels, height, width)
-    free = torch.export.Dim.DYNAMIC
-    sizes = {0: free, 2: free, 3: free} if arguments.any_size else {0: free}
     program = torch.onnx.export(
         model,
         (images,),
         dynamo=True,
-        dynamic_shapes=(sizes,),
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=["images"],
         output_names=["logits"],
     )

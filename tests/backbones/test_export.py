@@ -63,8 +63,10 @@ def test_onnx_with_free_batch(name):
 
 
 @pytest.mark.slow
-def test_onnx_with_free_batch_and_size(family):
-    model = deterministic(family.create(), torch.float32)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "maxvit"])
+def test_onnx_with_free_batch_and_size(name):
+    # MaxViT's windows fill maps of some sizes, and those of others not: these are two programs
+    model = deterministic(FAMILIES[name].create(), torch.float32)
     others = [(2, 3, 96, 160), (1, 3, 101, 133), (3, 3, 64, 224)]
     # sizes that no stage maps to one pixel, which export would make a constant
     check(model, ANY, (2, 3, 96, 160), others)
@@ -91,7 +93,7 @@ def test_onnx_of_exportable_models_without_classifier(name):
 def test_the_example(tmp_path: Path):
     file = tmp_path / "model.onnx"
     program = ROOT / "examples" / "export_onnx.py"
-    run = python(program, "shvit_s1", file, "--any-size", cwd=ROOT)
+    run = python(program, "shvit_s1", file, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     errors = [float(line.split()[-1]) for line in run.stdout.splitlines() if "error" in line]
     assert len(errors) == 2 and max(errors) < 1e-4
