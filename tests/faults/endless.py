@@ -42,7 +42,7 @@ def _long_run(workers: int, lab: Lab) -> str:
     folder = lab.folder / f"long-{workers}"
     argv = ["--model", "test_byobnet", "--batch-size", "8", "--epochs", "12", "--workers", workers]
     argv += [*processes(1), "--ema-decay", "0.9", "--checkpoint-every", "100"]
-    done = faulty(folder, argv, Fault("watch", 0, last=10 * _STEPS))
+    done = faulty(folder, argv, Fault("watch", 0, last=10 * _STEPS), seconds=1200)
     if done.code or status(folder / "out")["step"] < _STEPS:
         return f"exit code {done.code}: {done.err}"
     return _growth(folder / "memory.jsonl")

@@ -47,7 +47,7 @@ def _restarted(step: int, rank: int, lab: Lab) -> str:
     """Kill a process of two under torchrun, which starts both again."""
     folder = lab.folder / f"restarted-{step}-{rank}"
     done = launch(folder, SMALL, Fault("kill", step, rank), restarts=1)
-    if done.code or "SIGKILL" not in done.err:
+    if done.code or "exitcode: -9" not in done.err:
         return f"exit code {done.code}: {done.err[-2000:]}"
     return difference(folder / "out", whole(lab, 2))
 

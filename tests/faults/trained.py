@@ -44,9 +44,9 @@ def whole(lab: Lab, count: int, argv: Sequence[str] = SMALL) -> Path:
     return folder / "out"
 
 
-def faulty(folder: Path, argv: Sequence[object], *faults: Fault) -> Finished:
+def faulty(folder: Path, argv: Sequence[object], *faults: Fault, seconds: float = 120) -> Finished:
     """Run train.py with faults in `folder`, which gets `out`."""
-    return run(with_faults(*faults), *argv, "--out", "out", folder=folder)
+    return run(with_faults(*faults), *argv, "--out", "out", folder=folder, timeout=seconds)
 
 
 def launch(

@@ -70,9 +70,9 @@ class Run:
         return Finished(self.process.exitcode or 0, out, err)
 
 
-def run(program: Program, *argv: object, folder: Path) -> Finished:
+def run(program: Program, *argv: object, folder: Path, timeout: float = 120) -> Finished:
     """Run `program` in `folder` to its end."""
-    return Run(program, [str(word) for word in argv], folder).finish()
+    return Run(program, [str(word) for word in argv], folder).finish(timeout)
 
 
 def _main(program: Program, argv: Sequence[str], folder: Path, files: Sequence[Path]) -> None:
