@@ -7,6 +7,9 @@ import timm
 import torch
 
 from backbones.__main__ import main
+from backbones.training.config import settings
+from backbones.training.train_config import TrainConfig
+from backbones.training.validation import ValidateConfig
 from tests.support.process import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -34,8 +37,24 @@ def test_examples_run(block):
     exec(block, {"torch": torch, "timm": timm})
 
 
-def test_files_that_are_named_exist():
-    for link in re.findall(r"\]\((?!http)([\w./]+)\)", README):
-        assert (ROOT / link).is_file(), link
-    for recipe in re.findall(r"recipes/\w+\.yaml", README):
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!http)([\w./]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for recipe in re.findall(r"recipes/\w+\.yaml", text):
         assert (ROOT / recipe).is_file(), recipe
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_that_are_named_exist(page):
+    known = {
+        program: {setting.flag for setting in settings(schema).values()} | {"--recipe", "--help"}
+        for program, schema in (("train", TrainConfig), ("validate", ValidateConfig))
+    }
+    for program, words in re.findall(r"(train|validate)\.py (.+)", page.read_text()):
+        used = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", words.split("`")[0]))
+        assert used <= known[program], used - known[program]
