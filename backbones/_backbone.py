@@ -1,6 +1,6 @@
 """What every family shares: input check, stages, intermediate features, pruning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,8 @@ from timm.layers import (
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from backbones.pretrained import WeightsError
 
 from .layers.projection_head import ProjectionHead
 
@@ -65,8 +67,8 @@ class Backbone(nn.Module):
 
     A family sets `stages`, `norm` (what follows the last stage, an Identity if nothing does),
     `feature_info` (one entry per stage, after one of the stem if that is a feature too),
-    `num_features` and `head_hidden_size`, and defines `forward_stem`, `forward_head`,
-    `get_classifier`, `reset_classifier` and `group_matcher`.
+    `num_features` and `head_hidden_size`, calls `_set_feature_norms` after these, and defines
+    `forward_stem`, `forward_head`, `get_classifier`, `reset_classifier` and `group_matcher`.
 
     Args:
         in_chans: Channels of the images.
@@ -77,6 +79,7 @@ class Backbone(nn.Module):
     # torch.jit.script stumbles over annotations of a module class
     if TYPE_CHECKING:
         stages: nn.Sequential
+        feature_norms: nn.ModuleList
         norm: nn.Module
         feature_info: list[dict[str, str | int]]
         num_features: int
@@ -92,6 +95,23 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.num_stem_features = int(stem_feature)
         self.image_input = ImageInput(in_chans)
+
+    def _set_feature_norms(self, norm: Callable[[int], nn.Module] | None = None) -> None:
+        """Give the map of every stage a norm where it is taken, as official detectors have them.
+
+        What follows does not see these norms. They are no links of the chain of layers, so they
+        come after the stages.
+
+        Args:
+            norm: Makes the norm of a width; None for no norms.
+        """
+        stages = self.feature_info[self.num_stem_features :]
+        self.feature_norms = nn.ModuleList(
+            nn.Identity() if norm is None else norm(int(info["num_chs"])) for info in stages
+        )
+        if norm is not None:
+            for index, info in enumerate(stages):
+                info["module"] = f"feature_norms.{index}"
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` as the map that the first stage takes."""
@@ -124,7 +144,8 @@ class Backbone(nn.Module):
             x: Images `(B, in_chans, H, W)`.
             indices: Features to take, negative ones from the end; the last n if an int; all if
                 None.
-            norm: Apply the norm that follows the last stage to the map taken there.
+            norm: Apply the norm that follows the last stage, if there is one, to the map taken
+                there.
             stop_early: Leave out the stages after the last one taken.
             output_fmt: Only "NCHW".
             intermediates_only: Return the maps without the final one.
@@ -138,32 +159,42 @@ class Backbone(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt '{output_fmt}' is not available: use 'NCHW'")
-        first, count = self.num_stem_features, self.num_stem_features + len(self.stages)
+        count = self._count_features()
         taken, last = feature_take_indices(count, indices)
+        x, maps = self._forward_until(x, taken, last if stop_early else count - 1, norm)
+        if intermediates_only:
+            return maps
+        return x, maps
+
+    def _count_features(self) -> int:
+        return self.num_stem_features + len(self.stages)
+
+    def _forward_until(
+        self, x: Tensor, taken: list[int], end: int, norm: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Compute features up to number `end`: the last map, and those of the numbers `taken`."""
+        first, last = self.num_stem_features, self._count_features() - 1
         maps: list[Tensor] = []
         x = self.forward_stem(self.image_input(x))
         if first > 0 and 0 in taken:
             maps.append(x)
-        # TorchScript cannot slice a Sequential
-        if torch.jit.is_scripting() or not stop_early:
-            stages = self.stages
-        else:
-            stages = self.stages[: last + 1 - first]
-        index = first
-        for stage in stages:
-            x = stage(x)
-            if index in taken:
-                maps.append(self.norm(x) if norm and index == count - 1 else x)
-            index += 1
-        if intermediates_only:
-            return maps
-        return self.norm(x) if index == count else x, maps
+        # TorchScript knows no zip(strict=)
+        for index, (stage, feature_norm) in enumerate(zip(self.stages, self.feature_norms)):  # noqa: B905
+            level = first + index
+            if level <= end:
+                x = stage(x)
+                if level in taken:
+                    y = feature_norm(x)
+                    maps.append(self.norm(y) if norm and level == last else y)
+        return self.norm(x) if end == last else x, maps
 
     @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages after the last of the features in `indices`, in place.
+
+        Features that are not chosen lose their norms, if they have any.
 
         Args:
             indices: Features to keep, as in `forward_intermediates`.
@@ -177,6 +208,10 @@ class Backbone(nn.Module):
         taken, last = feature_take_indices(first + len(self.stages), indices)
         shortened = last < first + len(self.stages) - 1
         self.stages = self.stages[: last + 1 - first]
+        self.feature_norms = nn.ModuleList(
+            norm if first + index in taken else nn.Identity()
+            for index, norm in enumerate(self.feature_norms[: last + 1 - first])
+        )
         if shortened or prune_norm:
             self.norm = nn.Identity()
         if shortened:
@@ -211,6 +246,16 @@ class Backbone(nn.Module):
         height, width = to_2tuple(img_size)
         if min(height, width) < MIN_SIZE:
             raise ValueError(f"img_size={img_size} is too small: use {MIN_SIZE} or more")
+
+    @torch.jit.ignore
+    def feature_layers(self) -> list[list[nn.Module]]:
+        """Layers in the order of the network: those of the stem, then those that each stage adds.
+
+        Norms of features, and what follows the last stage, are not among them.
+        """
+        children = list(self.children())
+        stem = children[: children.index(self.stages)]
+        return [stem, *([stage] for stage in self.stages)]
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -293,12 +338,34 @@ class HeadedBackbone(Backbone):
         self.reset_classifier(0, "", reset_other=True)
 
     @torch.jit.ignore
+    def adapt_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring weights under our names to the form of this model.
+
+        A pyramid leaves out the norm before the classifier, and keeps the norms of its features
+        where the weights have none. Other models leave the norms of features out.
+
+        Raises:
+            WeightsError: Weights of a pyramid, without a norm before the classifier, for a model
+                that has one.
+        """
+        names = self.state_dict()
+        own = {k: v for k, v in names.items() if k.startswith("feature_norms.")}
+        norms = {k: v for k, v in weights.items() if k.startswith("feature_norms.")}
+        given = {k: v for k, v in weights.items() if k not in norms}
+        if own:
+            given = {k: v for k, v in given.items() if not k.startswith("norm.")}
+            return {**given, **(norms or own)}
+        if norms and any(k.startswith("norm.") and k not in given for k in names):
+            raise WeightsError("the weights are of a pyramid: create the model with pyramid='det'")
+        return given
+
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters into layers, for layer-wise rates."""
         blocks = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^norm", (99999,)),
+            (r"^(?:feature_norms|norm)", (99999,)),
         ]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
@@ -307,6 +374,12 @@ def check_pool(global_pool: str) -> None:
     """Raise ValueError if a pooling changes the number of channels."""
     if SelectAdaptivePool2d(pool_type=global_pool).feat_mult() != 1:
         raise ValueError(f"global_pool={global_pool!r} changes the width: use 'avg' or 'max'")
+
+
+def check_pyramid(pyramid: str, known: Sequence[str] = ("", "det")) -> None:
+    """Raise ValueError unless there is such a pyramid."""
+    if pyramid not in known:
+        raise ValueError(f"pyramid={pyramid!r} is none of {known}")
 
 
 def check_stages(dims: Sequence[int], depths: Sequence[int], heads: Sequence[int]) -> None:

@@ -92,6 +92,9 @@ def build_model(
     """
     cfg = _resolve_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     _check_configured(cfg, kwargs)
+    if kwargs.get("pyramid"):
+        # its norms are no layers of the chain that timm would take apart
+        feature_cfg = {**feature_cfg, "feature_cls": "getter"}
     overlay = {}
     if pretrained and not cfg.state_dict:
         location, filename = _locate(variant, cfg)

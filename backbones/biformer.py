@@ -20,13 +20,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from backbones.pretrained import convert_state_dict
 from backbones.pretrained.biformer import WEIGHTS
 
-from ._backbone import HeadedBackbone, check_pool
+from ._backbone import HeadedBackbone, check_pool, check_pyramid
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import (
@@ -131,6 +131,12 @@ class BiFormer(HeadedBackbone):
     224x224 and 1276 at 800x1216. Weights fit all of them. The authors take 8 for 512x512 crops and
     16 for detection.
 
+    There are four features, the maps after the stages. `pyramid="det"` gives each of them a
+    LayerNorm, as the official backbone of detectors does, for its weights and to train others: the
+    norms are of the features only, what follows does not see them. A pyramid is for `features_only`
+    and `forward_intermediates`; it has no classifier, whatever `num_classes` is, and no norm before
+    it.
+
     `fuse()` folds BatchNorms into convolutions, and LayerNorm weights into the linear layers behind
     them, but for those before the local enhancement of the last stage.
 
@@ -145,6 +151,7 @@ class BiFormer(HeadedBackbone):
         pointwise: The later version: regions as with `floor_regions` of `BiLevelRoutingAttention`,
             local enhancement of the values in the last stage too, and linear layers within blocks
             that are `PointwiseConv2d`.
+        pyramid: "det", see above; "" for none.
         in_chans: Channels of the images.
         num_classes: Classes, 0 for no classifier.
         global_pool: Pooling before the classifier: "avg", "max", "avgmax", or "" for none.
@@ -154,8 +161,8 @@ class BiFormer(HeadedBackbone):
         dtype: Their type.
 
     Raises:
-        ValueError: Stages that do not fit together; more choices than regions; a pooling that
-            changes the width.
+        ValueError: Stages that do not fit together; more choices than regions; an unknown pyramid;
+            a pooling that changes the width.
     """
 
     def __init__(
@@ -168,6 +175,7 @@ class BiFormer(HeadedBackbone):
         topks: Sequence[int | None] = (1, 4, 16, None),
         patches: bool = False,
         pointwise: bool = False,
+        pyramid: str = "",
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -176,7 +184,8 @@ class BiFormer(HeadedBackbone):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(in_chans, num_classes)
+        check_pyramid(pyramid)
+        super().__init__(in_chans, 0 if pyramid else num_classes)
         dd = {"device": device, "dtype": dtype}
         _check_stages(embed_dims, depths, num_heads, topks, n_win)
         check_pool(global_pool)
@@ -208,9 +217,10 @@ class BiFormer(HeadedBackbone):
         self.stages = nn.Sequential(*stages)
         if pointwise:
             replace_linear(self.stages)
-        self.norm = nn.BatchNorm2d(in_dim, **dd)
+        self._set_feature_norms(partial(LayerNorm2d, eps=1e-6, **dd) if pyramid else None)
+        self.norm = nn.Identity() if pyramid else nn.BatchNorm2d(in_dim, **dd)
         self.num_features = self.head_hidden_size = in_dim
-        self.head = ClassifierHead(in_dim, num_classes, global_pool, drop_rate, **dd)
+        self.head = ClassifierHead(in_dim, self.num_classes, global_pool, drop_rate, **dd)
         self.apply(_init_weights)
 
     def forward_stem(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from timm.layers import (
+    ClassifierHead,
     LayerNorm2d,
     NormMlpClassifierHead,
     calculate_drop_path_rates,
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from backbones.pretrained import convert_state_dict
 from backbones.pretrained.davit import WEIGHTS
 
-from ._backbone import HeadedBackbone, check_pool, check_stages
+from ._backbone import HeadedBackbone, check_pool, check_pyramid, check_stages
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import (
@@ -106,6 +107,12 @@ class DaViT(HeadedBackbone):
     `fuse()` folds the norms of the blocks into the linear layers behind them. The norm of the
     classifier stays, since pooled features are taken after it, and so do those before convolutions.
 
+    There are four features, the maps after the stages. `pyramid="det"` gives each of them a
+    LayerNorm, as the official backbone of detection and segmentation does, for its weights and to
+    train others: the norms are of the features only, what follows does not see them. A pyramid is
+    for `features_only` and `forward_intermediates`; it has no classifier, whatever `num_classes`
+    is, and no norm before it.
+
     Args:
         embed_dims: Widths of the stages.
         depths: Pairs of blocks of each stage.
@@ -115,6 +122,7 @@ class DaViT(HeadedBackbone):
         channel_attn_v2: Channel attention as in Florence-2 (see `ops.channel_attention`).
         named_blocks: Call the blocks of a pair `spatial_block` and `channel_block` in parameter
             names, as in Florence-2, instead of `0` and `1`.
+        pyramid: "det", see above; "" for none.
         in_chans: Channels of the images.
         num_classes: Classes, 0 for no classifier.
         global_pool: Pooling before the classifier: "avg", "max", "avgmax", or "" for none.
@@ -125,7 +133,7 @@ class DaViT(HeadedBackbone):
 
     Raises:
         ValueError: Stages that do not fit together; a size of windows or kernels that is not
-            available; a pooling that changes the width.
+            available; an unknown pyramid; a pooling that changes the width.
     """
 
     def __init__(
@@ -137,6 +145,7 @@ class DaViT(HeadedBackbone):
         down_kernel_size: int = 2,
         channel_attn_v2: bool = False,
         named_blocks: bool = False,
+        pyramid: str = "",
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -145,7 +154,8 @@ class DaViT(HeadedBackbone):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(in_chans, num_classes)
+        check_pyramid(pyramid)
+        super().__init__(in_chans, 0 if pyramid else num_classes)
         dd = {"device": device, "dtype": dtype}
         check_stages(embed_dims, depths, num_heads)
         _check_sizes(window_size, down_kernel_size)
@@ -165,11 +175,15 @@ class DaViT(HeadedBackbone):
             )
             in_dim = dim
         self.stages = nn.Sequential(*stages)
+        self._set_feature_norms(partial(_norm, **dd) if pyramid else None)
         self.norm = nn.Identity()
         self.num_features = self.head_hidden_size = in_dim
-        self.head = NormMlpClassifierHead(
-            in_dim, num_classes, None, global_pool, drop_rate, _norm, **dd
-        )
+        if pyramid:
+            self.head = ClassifierHead(in_dim, 0, global_pool, drop_rate, **dd)
+        else:
+            self.head = NormMlpClassifierHead(
+                in_dim, num_classes, None, global_pool, drop_rate, _norm, **dd
+            )
         self.apply(_init_weights)
 
     def forward_stem(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ that reach over the edge of a map see the bias of their projection there, in all
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,13 +23,18 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from backbones.pretrained import WeightsError, convert_state_dict
+from backbones.pretrained import convert_state_dict
 from backbones.pretrained.l2vit import WEIGHTS
 
-from ._backbone import HeadedBackbone, check_pool, check_stages, init_truncated
+from ._backbone import (
+    HeadedBackbone,
+    check_pool,
+    check_pyramid,
+    check_stages,
+    init_truncated,
+)
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import (
@@ -44,7 +49,6 @@ from .layers import (
 __all__ = ["L2ViT"]
 
 _norm = partial(LayerNorm2d, eps=1e-5)
-_PYRAMIDS = ("", "det")
 
 
 @torch.fx.wrap
@@ -139,8 +143,7 @@ class L2ViT(HeadedBackbone):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if pyramid not in _PYRAMIDS:
-            raise ValueError(f"pyramid={pyramid!r} is none of {_PYRAMIDS}")
+        check_pyramid(pyramid)
         check_stages(embed_dims, depths, num_heads)
         if window_size < 1:
             raise ValueError(f"window_size={window_size} must be positive")
@@ -158,18 +161,12 @@ class L2ViT(HeadedBackbone):
             ]
             stages.append(ChannelsLastStage(_downsample(in_dim, dim, i, **dd), blocks))
             self.feature_info.append(
-                {
-                    "num_chs": dim,
-                    "reduction": 2 ** (i + 2),
-                    "module": f"feature_norms.{i}" if pyramid else f"stages.{i}",
-                }
+                {"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"}
             )
             in_dim = dim
         self.stages = nn.Sequential(*stages)
+        self._set_feature_norms(partial(_norm, **dd) if pyramid else None)
         self.norm = nn.Identity() if pyramid else _norm(in_dim, **dd)
-        self.feature_norms = nn.ModuleList(
-            _norm(dim, **dd) if pyramid else nn.Identity() for dim in embed_dims
-        )
         self.num_features = self.head_hidden_size = in_dim
         self.head = ClassifierHead(in_dim, self.num_classes, global_pool, drop_rate, **dd)
         self.apply(init_truncated)
@@ -177,88 +174,6 @@ class L2ViT(HeadedBackbone):
     def forward_stem(self, x: Tensor) -> Tensor:
         """Embed images `(B, in_chans, H, W)` at a quarter of their size, rounded up."""
         return self.stem(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Compute chosen features: the maps after the stages, with the norms of a pyramid.
-
-        Args:
-            x: Images `(B, in_chans, H, W)`.
-            indices: Features to take, negative ones from the end; the last n if an int; all if
-                None.
-            norm: Apply the norm before the classifier to the map of the last stage; a pyramid has
-                none.
-            stop_early: Leave out the stages after the last one taken.
-            output_fmt: Only "NCHW".
-            intermediates_only: Return the maps without the final one.
-
-        Returns:
-            The final map and the list of maps taken, or only the list.
-
-        Raises:
-            ValueError: Another `output_fmt`.
-            AssertionError: An index out of range.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt '{output_fmt}' is not available: use 'NCHW'")
-        count = len(self.stages)
-        taken, last = feature_take_indices(count, indices)
-        end = last if stop_early else count - 1
-        maps: list[Tensor] = []
-        x = self.forward_stem(self.image_input(x))
-        for index, (stage, feature_norm) in enumerate(zip(self.stages, self.feature_norms)):  # noqa: B905
-            if index <= end:
-                x = stage(x)
-                if index in taken:
-                    y = feature_norm(x)
-                    maps.append(self.norm(y) if norm and index == count - 1 else y)
-        if intermediates_only:
-            return maps
-        return self.norm(x) if end == count - 1 else x, maps
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last of the features in `indices`, in place.
-
-        Args:
-            indices: Features to keep, as in `forward_intermediates`.
-            prune_norm: Drop the norm after the last stage too; it always goes when a stage goes.
-            prune_head: Drop pooling and classifier too; they always go when a stage goes.
-
-        Returns:
-            The chosen features as non-negative indices.
-        """
-        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.feature_norms = self.feature_norms[: len(self.stages)]
-        return taken
-
-    @torch.jit.ignore
-    def adapt_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Bring weights under our names to the form of this model.
-
-        A pyramid leaves out the norm before the classifier, and keeps the norms of its features
-        where the weights have none.
-
-        Raises:
-            WeightsError: Weights of a pyramid for a model that is not.
-        """
-        given = dict(weights)
-        own = {k: v for k, v in self.state_dict().items() if k.startswith("feature_norms.")}
-        of_pyramid = any(name.startswith("feature_norms.") for name in given)
-        if of_pyramid and not own:
-            raise WeightsError("the weights are of a pyramid: create the model with pyramid='det'")
-        if own:
-            given = {k: v for k, v in given.items() if not k.startswith("norm.")}
-        return given if of_pyramid else {**given, **own}
 
 
 def _block(
@@ -296,16 +211,12 @@ default_cfgs = {
 
 
 def _create_l2vit(variant: str, pretrained: bool, args: dict[str, Any], **kwargs: Any) -> L2ViT:
-    feature_cfg: dict[str, Any] = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
-    if kwargs.get("pyramid"):
-        # its norms are no layers of the chain that timm would take apart
-        feature_cfg["feature_cls"] = "getter"
     return build_model(
         L2ViT,
         variant,
         pretrained,
         filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **{**args, **kwargs},
     )
 

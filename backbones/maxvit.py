@@ -128,6 +128,7 @@ class MaxViT(HeadedBackbone):
             )
             in_dim = dim
         self.stages = nn.Sequential(*stages)
+        self._set_feature_norms()
         self.num_features = in_dim
 
         final_norm = partial(LayerNorm2d, eps=1e-5 if style == "tf" else 1e-6)

@@ -13,6 +13,7 @@ official code.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from backbones.pretrained import WeightsError, convert_state_dict
 from backbones.pretrained.overlock import WEIGHTS
 
-from ._backbone import HeadedBackbone, check_pool, init_truncated
+from ._backbone import HeadedBackbone, check_pool, check_pyramid, init_truncated
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import DilatedReparamConv, ProjectionHead
@@ -111,8 +112,7 @@ class OverLoCK(HeadedBackbone):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if pyramid not in _PYRAMIDS:
-            raise ValueError(f"pyramid={pyramid!r} is none of {_PYRAMIDS}")
+        check_pyramid(pyramid, _PYRAMIDS)
         _check_stages(dims, depths, focus_depths, num_heads)
         check_pool(global_pool)
         super().__init__(in_chans, 0 if pyramid else num_classes)
@@ -143,9 +143,7 @@ class OverLoCK(HeadedBackbone):
             {"num_chs": width, "reduction": 2 ** (i + 2), "module": _FEATURES[i]}
             for i, width in enumerate(widths)
         ]
-        self.feature_norms = nn.ModuleList(
-            LayerNorm2d(width, eps=1e-6, **dd) if pyramid else nn.Identity() for width in widths
-        )
+        self._set_feature_norms(partial(LayerNorm2d, eps=1e-6, **dd) if pyramid else None)
         self.overview_skip = OverviewSkip(dims[3], widths[3], **dd) if pyramid == "det" else None
         self.aux_head = None
         if pyramid:
@@ -217,44 +215,26 @@ class OverLoCK(HeadedBackbone):
                 return logits
             return {"main": logits, "aux": self.aux_head(overview)}
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Compute chosen features, see the class.
+    def _count_features(self) -> int:
+        return 2 + len(self.focus) if len(self.focus) > 0 else len(self.stages)
 
-        Args:
-            x: Images `(B, in_chans, H, W)`.
-            indices: Features to take, negative ones from the end; the last n if an int; all if
-                None.
-            norm: Without effect: features of a pyramid have their norms anyway, others have none.
-            stop_early: Leave out what follows the last feature taken.
-            output_fmt: Only "NCHW".
-            intermediates_only: Return the maps without the final one.
-
-        Returns:
-            The final map and the list of maps taken, or only the list.
-
-        Raises:
-            ValueError: Another `output_fmt`.
-            AssertionError: An index out of range.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt '{output_fmt}' is not available: use 'NCHW'")
-        taken, last = feature_take_indices(self._count(), indices)
-        x, _, maps = self._run(x, taken, last if stop_early else 3)
-        if intermediates_only:
-            return maps
+    def _forward_until(
+        self, x: Tensor, taken: list[int], end: int, norm: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        x, _, maps = self._run(x, taken, end)
         return x, maps
 
-    def _count(self) -> int:
-        """Count the features."""
-        return 2 + len(self.focus) if len(self.focus) > 0 else len(self.stages)
+    @torch.jit.ignore
+    def feature_layers(self) -> list[list[nn.Module]]:
+        """Layers in the order of the network: those of the stem, then those of each feature.
+
+        The third are the last base stage, the overview, its context and the first focus stage.
+        """
+        base = [[self.image_input, self.stem], *([stage] for stage in self.stages[:2])]
+        focus: list[list[nn.Module]] = [[stage] for stage in self.focus]
+        if focus:
+            focus[0] = [self.stages[2], self.overview, self.context_proj, *focus[0]]
+        return base + focus
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -270,15 +250,17 @@ class OverLoCK(HeadedBackbone):
         Returns:
             The chosen features as non-negative indices.
         """
-        count = self._count()
+        count = self._count_features()
         taken, last = feature_take_indices(count, indices)
         if last < 2:
             self.stages = self.stages[: last + 1]
             self.overview, self.context_proj = nn.Identity(), nn.Identity()
         self.focus = self.focus[: max(last - 1, 0)]
-        if last < count - 1:
-            for level in range(last + 1, 4):
+        for level in range(4):
+            # that of the second feature is in line
+            if level > last or (level not in taken and level != 1):
                 self.feature_norms[level] = nn.Identity()
+        if last < count - 1:
             self.overview_skip = None
             self.num_features = self.head_hidden_size = int(self.feature_info[last]["num_chs"])
         if last < count - 1 or prune_head:

@@ -13,17 +13,25 @@ Nothing depends on the image size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerScale, calculate_drop_path_rates
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm,
+    LayerNorm2d,
+    LayerScale,
+    calculate_drop_path_rates,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.pretrained import convert_state_dict
 from backbones.pretrained.ravlt import WEIGHTS
 
-from ._backbone import HeadedBackbone, check_pool, init_truncated
+from ._backbone import HeadedBackbone, check_pool, check_pyramid, init_truncated
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import (
@@ -130,6 +138,11 @@ class Stage(nn.Module):
 class RAVLT(HeadedBackbone):
     """RAVLT (arXiv 2411.07635): images `(B, in_chans, H, W)` of any size from 32x32 on.
 
+    There are four features, the maps after the stages. `pyramid="det"` gives each of them a
+    LayerNorm, as the official backbone of detectors does, for its weights and to train others: the
+    norms are of the features only, what follows does not see them. A pyramid is for `features_only`
+    and `forward_intermediates`; it has no classifier, whatever `num_classes` is.
+
     `fuse()` folds BatchNorms into their convolutions, LayerNorm weights into the linear layers
     behind them and the scales of the branches into those before.
 
@@ -139,6 +152,7 @@ class RAVLT(HeadedBackbone):
         num_heads: Heads of each stage.
         layer_scales: First values of the scales of the branches, for each stage.
         head_hidden_size: Width of the projection before the classifier.
+        pyramid: "det", see above; "" for none.
         in_chans: Channels of the images.
         num_classes: Classes, 0 for no classifier.
         global_pool: Pooling before the classifier: "avg", "max", "avgmax", or "" for none.
@@ -148,7 +162,8 @@ class RAVLT(HeadedBackbone):
         dtype: Their type.
 
     Raises:
-        ValueError: Stages that do not fit together; a pooling that changes the width.
+        ValueError: Stages that do not fit together; an unknown pyramid; a pooling that changes the
+            width.
     """
 
     def __init__(
@@ -158,6 +173,7 @@ class RAVLT(HeadedBackbone):
         num_heads: Sequence[int] = (1, 2, 4, 8),
         layer_scales: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         head_hidden_size: int = 1024,
+        pyramid: str = "",
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -166,7 +182,8 @@ class RAVLT(HeadedBackbone):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(in_chans, num_classes)
+        check_pyramid(pyramid)
+        super().__init__(in_chans, 0 if pyramid else num_classes)
         dd = {"device": device, "dtype": dtype}
         _check_stages(embed_dims, depths, num_heads, layer_scales)
         check_pool(global_pool)
@@ -187,11 +204,15 @@ class RAVLT(HeadedBackbone):
             )
             in_dim = dim
         self.stages = nn.Sequential(*stages)
+        self._set_feature_norms(partial(LayerNorm2d, eps=1e-6, **dd) if pyramid else None)
         self.norm = nn.Identity()
-        self.num_features, self.head_hidden_size = in_dim, head_hidden_size
-        self.head = ProjectionHead(
-            in_dim, num_classes, head_hidden_size, global_pool, drop_rate, **dd
-        )
+        self.num_features, self.head_hidden_size = in_dim, in_dim if pyramid else head_hidden_size
+        if pyramid:
+            self.head = ClassifierHead(in_dim, 0, global_pool, drop_rate, **dd)
+        else:
+            self.head = ProjectionHead(
+                in_dim, num_classes, head_hidden_size, global_pool, drop_rate, **dd
+            )
         self.apply(init_truncated)
 
     def forward_stem(self, x: Tensor) -> Tensor:

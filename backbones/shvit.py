@@ -259,6 +259,7 @@ class SHViT(Backbone):
             )
             in_dim = dim
         self.stages = nn.Sequential(*stages)
+        self._set_feature_norms()
         self.norm = nn.Identity()
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self._set_head(num_classes, global_pool, **dd)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,13 @@ from torch import Tensor, nn
 
 from backbones.pretrained import convert_state_dict
 
-from ._backbone import HeadedBackbone, check_pool, check_stages, init_truncated
+from ._backbone import (
+    HeadedBackbone,
+    check_pool,
+    check_pyramid,
+    check_stages,
+    init_truncated,
+)
 from ._builder import build_model
 from ._registry import register_model
 from .layers import ChannelsLastStage, NeighborhoodAttention
@@ -143,6 +150,11 @@ class TiC(HeadedBackbone):
     weights, and no published number is claimed. Heads, windows, dilation, shifts, pooling and
     projection are what the paper's abstract names and leaves open.
 
+    `pyramid="det"` gives each of the four features a LayerNorm, as the official backbones of
+    detectors do in other families; what follows does not see it. A pyramid is for `features_only`
+    and `forward_intermediates`; it has no classifier, whatever `num_classes` is, and no norm before
+    it.
+
     `fuse()` folds the norms of blocks and between stages into the linear layers behind them.
 
     Args:
@@ -158,6 +170,7 @@ class TiC(HeadedBackbone):
             one in the next such block of the network; "none" not at all.
         pool: Pooling between stages: "max" or "avg".
         attn_proj: Whether the attentions end with a linear layer.
+        pyramid: "det", see above; "" for none.
         in_chans: Channels of the images.
         num_classes: Classes, 0 for no classifier.
         global_pool: Pooling before the classifier: "avg", "max", "avgmax", or "" for none.
@@ -167,7 +180,7 @@ class TiC(HeadedBackbone):
         dtype: Their type.
 
     Raises:
-        ValueError: Stages that do not fit together; a kernel, shift or pooling that is not
+        ValueError: Stages that do not fit together; a kernel, shift, pooling or pyramid that is not
             available.
     """
 
@@ -181,6 +194,7 @@ class TiC(HeadedBackbone):
         shift: str = "head",
         pool: str = "max",
         attn_proj: bool = True,
+        pyramid: str = "",
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -189,8 +203,9 @@ class TiC(HeadedBackbone):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(in_chans, num_classes)
+        super().__init__(in_chans, 0 if pyramid else num_classes)
         dd = {"device": device, "dtype": dtype}
+        check_pyramid(pyramid)
         check_stages(embed_dims, depths, num_heads)
         _check_choice("shift", shift, _SHIFTS)
         _check_choice("pool", pool, _POOLS)
@@ -212,9 +227,11 @@ class TiC(HeadedBackbone):
             )
             in_dim = dim
         self.stages = nn.Sequential(*stages)
-        self.norm = LayerNorm2d(in_dim, eps=_EPS, **dd)
+        norm = partial(LayerNorm2d, eps=_EPS, **dd)
+        self._set_feature_norms(norm if pyramid else None)
+        self.norm = nn.Identity() if pyramid else norm(in_dim)
         self.num_features = self.head_hidden_size = in_dim
-        self.head = ClassifierHead(in_dim, num_classes, global_pool, drop_rate, **dd)
+        self.head = ClassifierHead(in_dim, self.num_classes, global_pool, drop_rate, **dd)
         self.apply(init_truncated)
 
     def forward_stem(self, x: Tensor) -> Tensor:

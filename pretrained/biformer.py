@@ -96,7 +96,8 @@ _STEM = {
 }
 _DOWN = {"main": _CONV_FIRST, "stl": _NORM_FIRST, "stl_nchw": _NORM_FIRST}
 
-_DETECTOR_NORM = re.compile(r"extra_norms\.\d+\.(weight|bias)")
+_FEATURE_NORM = re.compile(r"extra_norms\.(\d+\.(?:weight|bias))")
+_OUR_FEATURE_NORM = re.compile(r"feature_norms\.(\d+\.(?:weight|bias))")
 _MAIN_BLOCK = re.compile(r"stages\.\d+\.\d+\..+")
 _BLOCK = re.compile(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(.+)\.(weight|bias)")
 _LAYER = re.compile(r"downsample_layers\.(\d+)\.(\d+)\.(\w+)")
@@ -110,9 +111,8 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of an official state dict to this project's names.
 
     Names that are ours already, and names of neither code, stay as they are. The official backbones
-    of detectors norm every map that they hand out (`extra_norms`): these norms are no part of the
-    model and are left out. They lack the norm of the classifier: one that does nothing stands in
-    for it.
+    of detectors norm every map that they hand out (`extra_norms`) and lack the norm of the
+    classifier: one that does nothing stands in for it. A model takes of both what it has.
 
     Args:
         state_dict: Name -> tensor, unwrapped.
@@ -120,9 +120,8 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not any(name.startswith("downsample_layers.") for name in state_dict):
         return dict(state_dict)
     kind = "main" if any(_MAIN_BLOCK.fullmatch(name) for name in state_dict) else "stl"
-    kept = {n: v for n, v in state_dict.items() if not _DETECTOR_NORM.fullmatch(n)}
-    ours = {_our_name(name, kind): value for name, value in kept.items()}
-    return ours if len(kept) == len(state_dict) else _add_norm(ours)
+    ours = {_our_name(name, kind): value for name, value in state_dict.items()}
+    return _add_norm(ours) if any(_FEATURE_NORM.fullmatch(name) for name in state_dict) else ours
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,6 +145,8 @@ def _our_name(name: str, kind: str) -> str:
         if stage == "0":
             return f"stem.{_STEM[kind].get(index, index)}.{leaf}"
         return f"stages.{stage}.downsample.{_DOWN[kind].get(index, index)}.{leaf}"
+    if match := _FEATURE_NORM.fullmatch(name):
+        return f"feature_norms.{match[1]}"
     return f"head.fc.{match[1]}" if (match := _HEAD.fullmatch(name)) else name
 
 
@@ -162,6 +163,8 @@ def _official_name(name: str, kind: str, routed: Collection[str]) -> str:
         layers = _DOWN[kind] if stage else _STEM[kind]
         indices = {ours: index for index, ours in layers.items()}
         return f"downsample_layers.{stage or 0}.{indices.get(layer, layer)}.{leaf}"
+    if match := _OUR_FEATURE_NORM.fullmatch(name):
+        return f"extra_norms.{match[1]}"
     return f"head.{match[1]}" if (match := _OUR_HEAD.fullmatch(name)) else name
 
 

@@ -112,12 +112,13 @@ _THEIR_CPE = {ours: theirs for theirs, ours in _CPE.items()}
 _EMBED = re.compile(r"(?:patch_embeds|convs)\.(\d+)\.(proj|norm)\.(\w+)")
 _BLOCK = re.compile(r"main_blocks\.(\d+\.)(\d+\.\d+\.)(cpe\.[01])?(.+)")
 _HEAD_LEAF = re.compile(r"(norms|head)\.(weight|bias)")
-_DETECTOR_NORM = re.compile(r"norm[0-3]\.(weight|bias)")
+_FEATURE_NORM = re.compile(r"norm(\d)\.(weight|bias)")
 _TOWER_BLOCK = re.compile(r"blocks\.(\d+)\.(\d+\.)(spatial|channel)_block\.(.+)\.(weight|bias)")
 
 _OUR_EMBED = re.compile(r"(?:stem|stages\.(\d+)\.downsample)\.(conv|norm)\.(\w+)")
 _OUR_BLOCK = re.compile(r"stages\.(\d+\.)blocks\.(\d+\.\d+\.)(cpe[12])?(.+)")
 _OUR_HEAD_LEAF = re.compile(r"(head\.norm|head\.fc)\.(weight|bias)")
+_OUR_FEATURE_NORM = re.compile(r"feature_norms\.(\d)\.(weight|bias)")
 _OUR_NAMED_BLOCK = re.compile(
     r"stages\.(\d+)\.blocks\.(\d+\.)(spatial|channel)_block\.(.+)\.(weight|bias)"
 )
@@ -148,8 +149,8 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Names that are ours already, and names of neither code, stay as they are. Of Florence-2 only the
     image tower is taken. The official detectors norm every map that they take from the model
-    (`norm0` to `norm3`): these norms are no part of the model and are left out. Neither of the two
-    has the norm of a classifier: one that does nothing stands in for it.
+    (`norm0` to `norm3`). Neither of the two has the norm of a classifier: one that does nothing
+    stands in for it. A model takes of all these norms what it has.
 
     Args:
         state_dict: Name -> tensor, unwrapped.
@@ -159,9 +160,9 @@ def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _add_head_norm({_from_tower(name): value for name, value in tower.items()})
     if not any(name.startswith("patch_embeds.") for name in state_dict):
         return dict(state_dict)
-    kept = {n: v for n, v in state_dict.items() if not _DETECTOR_NORM.fullmatch(n)}
-    ours = {_from_release(name): value for name, value in kept.items()}
-    return ours if len(kept) == len(state_dict) else _add_head_norm(ours)
+    ours = {_from_release(name): value for name, value in state_dict.items()}
+    of_detector = any(_FEATURE_NORM.fullmatch(name) for name in state_dict)
+    return _add_head_norm(ours) if of_detector else ours
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -185,6 +186,8 @@ def _from_release(name: str) -> str:
         return f"stages.{stage}blocks.{block}{_CPE.get(cpe, '')}{rest}"
     if match := _HEAD_LEAF.fullmatch(name):
         return f"{_HEAD[match[1]]}.{match[2]}"
+    if match := _FEATURE_NORM.fullmatch(name):
+        return f"feature_norms.{match[1]}.{match[2]}"
     return _from_embed(name)
 
 
@@ -194,6 +197,8 @@ def _to_release(name: str) -> str:
         return f"main_blocks.{stage}{block}{_THEIR_CPE.get(cpe, '')}{rest}"
     if match := _OUR_HEAD_LEAF.fullmatch(name):
         return f"{_THEIR_HEAD[match[1]]}.{match[2]}"
+    if match := _OUR_FEATURE_NORM.fullmatch(name):
+        return f"norm{match[1]}.{match[2]}"
     return _to_embed(name, "patch_embeds")
 
 

@@ -77,11 +77,12 @@ _THEIR_DOWNSAMPLE = {ours: theirs for theirs, ours in _DOWNSAMPLE.items()}
 _HEAD = {"proj": "head.proj.conv", "norm": "head.proj.bn", "head": "head.fc"}
 _THEIR_HEAD = {ours: theirs for theirs, ours in _HEAD.items()}
 
-_LEFT_OUT = re.compile(r"layers\.\d+\.RoPE\.angle|extra_norms\.\d+\.norm\.(weight|bias)")
+_LEFT_OUT = re.compile(r"layers\.\d+\.RoPE\.angle")
 _STEM = re.compile(r"patch_embed\.proj\.(\d+)\.(\w+)")
 _GAMMA = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.gamma_([12])")
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.(.+)\.(weight|bias)")
 _BETWEEN = re.compile(r"layers\.(\d+)\.downsample\.(reduction|norm)\.(\w+)")
+_FEATURE_NORM = re.compile(r"extra_norms\.(\d+)\.norm\.(weight|bias)")
 _HEAD_LEAF = re.compile(r"(proj|norm|head)\.(\w+)")
 
 _OUR_STEM = re.compile(r"stem\.(\d)\.(conv|bn)\.(\w+)")
@@ -89,6 +90,7 @@ _OUR_SCALE = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.ls([12])\.gamma")
 _OUR_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)\.(weight|bias)")
 _OUR_BETWEEN = re.compile(r"stages\.(\d+)\.downsample\.(conv|bn)\.(\w+)")
 _OUR_HEAD_LEAF = re.compile(r"(head\.proj\.conv|head\.proj\.bn|head\.fc)\.(\w+)")
+_OUR_FEATURE_NORM = re.compile(r"feature_norms\.(\d+)\.(weight|bias)")
 _LINEAR = re.compile(r"stages\..+\.(attn\.qkvg|attn\.proj|mlp\.fc[12])\.weight|head\.fc\.weight")
 _FIRST_SCALE = re.compile(r"stages\.(\d+)\.blocks\.0\.ls1\.gamma")
 
@@ -96,8 +98,9 @@ _FIRST_SCALE = re.compile(r"stages\.(\d+)\.blocks\.0\.ls1\.gamma")
 def to_ours(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of an official state dict to this project's names, in our shapes.
 
-    Names that are ours already, and names of neither code, stay as they are. Left out are the
-    buffers of rotation angles and the norms of the official detectors' maps (`extra_norms`).
+    Of the classifier, and of the backbone of detectors, which norms every map that it hands out
+    (`extra_norms`). Names that are ours already, and names of neither code, stay as they are. Left
+    out are the buffers of rotation angles.
 
     Args:
         state_dict: Name -> tensor, unwrapped.
@@ -136,6 +139,8 @@ def _our_name(name: str) -> str:
         return f"stages.{int(match[1]) + 1}.downsample.{_DOWNSAMPLE[match[2]]}.{match[3]}"
     if match := _HEAD_LEAF.fullmatch(name):
         return f"{_HEAD[match[1]]}.{match[2]}"
+    if match := _FEATURE_NORM.fullmatch(name):
+        return f"feature_norms.{match[1]}.{match[2]}"
     return name
 
 
@@ -152,6 +157,8 @@ def _official_name(name: str) -> str:
         return f"layers.{int(match[1]) - 1}.downsample.{_THEIR_DOWNSAMPLE[match[2]]}.{match[3]}"
     if match := _OUR_HEAD_LEAF.fullmatch(name):
         return f"{_THEIR_HEAD[match[1]]}.{match[2]}"
+    if match := _OUR_FEATURE_NORM.fullmatch(name):
+        return f"extra_norms.{match[1]}.norm.{match[2]}"
     return name
 
 

@@ -235,6 +235,8 @@ def test_towers_have_no_classifier(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "model", "pyramid"),
     [
+        ("det_biformer_small", "biformer_small", "det"),
+        ("det_ravlt_t", "ravlt_t", "det"),
         ("l2vit_det_tiny", "l2vit_tiny", "det"),
         ("overlock_xt_det", "overlock_xt", "det"),
         ("overlock_xt_seg", "overlock_xt", "seg"),

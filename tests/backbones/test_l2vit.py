@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import backbones
 from backbones.layers import LinearAttention
 from backbones.layers.position_conv import ConvPositionEncoding
-from backbones.pretrained import WeightsError, convert_state_dict, l2vit
+from backbones.pretrained import convert_state_dict, l2vit
 from tests.backbones.models import FAMILIES, deterministic, relative_error
 from tests.support import costs, golden
 
@@ -123,44 +123,6 @@ def test_equals_the_official_pyramid(dtype, tolerance):
 
 
 @torch.no_grad()
-def test_classifiers_weights_start_a_pyramid():
-    trained = deterministic(SMALL.create())
-    pyramid = SMALL.create(pyramid="det").double().eval()
-    pyramid.load_state_dict(convert_state_dict(trained.state_dict(), pyramid))
-    x = golden.image((1, 3, 64, 97))
-    raw = trained.forward_intermediates(x, intermediates_only=True)
-    last, maps = pyramid.forward_intermediates(x, norm=True)
-    for value, wanted in zip(maps, raw, strict=True):
-        normed = F.layer_norm(wanted.permute(0, 2, 3, 1), wanted.shape[1:2], eps=1e-5)
-        assert relative_error(value, normed.permute(0, 3, 1, 2)) < 1e-12
-    assert torch.equal(last, raw[-1])
-    assert pyramid.num_classes == 0 and isinstance(pyramid.get_classifier(), nn.Identity)
-    pyramid.prune_intermediate_layers([0, 1])
-    pruned = pyramid.forward_intermediates(x, intermediates_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(pruned, maps[:2], strict=True))
-    assert len(pyramid.feature_norms) == 2
-    with pytest.raises(WeightsError, match="are of a pyramid: create the model with pyramid='det'"):
-        convert_state_dict(SMALL.create(pyramid="det").state_dict(), trained)
-
-
-def test_a_pyramid_scripts_and_trains_all_its_parameters():
-    model = SMALL.create(pyramid="det", features_only=True)
-    maps = model(torch.randn(2, 3, 64, 64))
-    sum(value.square().sum() for value in maps).backward()
-    assert all(p.grad is not None for p in model.parameters())
-    model.eval()
-    scripted, x = torch.jit.script(model), torch.randn(1, 3, 65, 97)
-    assert all(torch.equal(a, b) for a, b in zip(scripted(x), model(x), strict=True))
-
-
-@pytest.mark.parametrize("feature_cls", ["list", "hook", "fx"])
-def test_what_cannot_see_the_norms_of_a_pyramid_fails(feature_cls):
-    with pytest.raises((AssertionError, NotImplementedError, ValueError), match=r"present|missing"):
-        features = SMALL.create(pyramid="det", features_only=True, feature_cls=feature_cls)
-        features(torch.zeros(1, 3, 64, 64))
-
-
-@torch.no_grad()
 def test_images_are_completed_with_zeros():
     model = deterministic(SMALL.create())
     for height, width in [(33, 50), (62, 91), (125, 125)]:
@@ -225,7 +187,6 @@ def test_arguments_that_do_not_fit_are_named():
         ({"depths": (1, 1)}, r"depths=\(1, 1\).*must be of equal length"),
         ({"num_heads": (5, 6, 12, 24)}, r"must be multiples of num_heads=\(5, 6, 12, 24\)"),
         ({"window_size": 0}, "window_size=0 must be positive"),
-        ({"pyramid": "seg"}, "pyramid='seg' is none of"),
     ]:
         with pytest.raises(ValueError, match=message):
             backbones.L2ViT(**arguments)

@@ -129,7 +129,7 @@ def test_a_training_checkpoint_loads_from_its_file(tmp_path):
     assert all(torch.equal(v, averaged[k]) for k, v in given.items())
 
 
-def test_a_detector_gives_its_backbone_without_the_norms_of_its_maps():
+def test_a_detector_gives_its_backbone_with_and_without_the_norms_of_its_maps():
     given = golden.state_dict(golden.load("det_biformer_small")["manifest"])
     detector = {f"backbone.{name}": value for name, value in given.items()}
     detector["neck.fpn.weight"] = torch.zeros(1)
@@ -139,6 +139,11 @@ def test_a_detector_gives_its_backbone_without_the_norms_of_its_maps():
     assert converted["stem.conv1.conv.weight"] is given["downsample_layers.0.0.weight"]
     with pytest.raises(WeightsError, match=r"missing head\.fc\.weight.*they have no classifier"):
         convert_state_dict(detector, build("biformer_small"))
+    pyramid = build("biformer_small", pyramid="det")
+    normed = convert_state_dict({"state_dict": detector}, pyramid)
+    assert list(normed) == list(pyramid.state_dict())
+    assert normed["feature_norms.3.bias"] is given["extra_norms.3.bias"]
+    assert set(biformer.to_official(normed)) == set(given)
     # the norm that stands in for that of the classifier does nothing
     norm = torch.nn.BatchNorm2d(512).double().eval()
     norm.load_state_dict({k[5:]: v for k, v in converted.items() if k.startswith("norm.")})

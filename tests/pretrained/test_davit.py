@@ -113,9 +113,11 @@ def test_florence_weights_load_through_timm(florence):
         assert (model.head.norm.weight == 1).all() and not model.head.norm.bias.any()
 
 
-def test_a_detector_gives_its_backbone_without_the_norms_of_its_maps(official):
+def test_a_detector_gives_its_backbone_with_and_without_the_norms_of_its_maps(official):
     body = {k: v for k, v in official.items() if not k.startswith(("norms.", "head."))}
-    norms = {f"norm{i}.{leaf}": torch.ones(8) for i in range(4) for leaf in ("weight", "bias")}
+    norms = {
+        f"norm{i}.{leaf}": torch.ones(96 * 2**i) for i in range(4) for leaf in ("weight", "bias")
+    }
     detector = {f"backbone.{name}": value for name, value in (body | norms).items()}
     detector["neck.fpn.weight"] = torch.zeros(1)
 
@@ -126,6 +128,11 @@ def test_a_detector_gives_its_backbone_without_the_norms_of_its_maps(official):
     assert (converted["head.norm.weight"] == 1).all() and not converted["head.norm.bias"].any()
     with pytest.raises(WeightsError, match=r"missing head\.fc\.weight.*they have no classifier"):
         convert_state_dict(detector, build())
+    pyramid = build(pyramid="det")
+    normed = convert_state_dict({"state_dict": detector}, pyramid)
+    assert list(normed) == list(pyramid.state_dict())
+    assert normed["feature_norms.2.weight"] is norms["norm2.weight"]
+    assert set(davit.to_official(normed)) == {*body, *norms}
     # a classifier that lost its norm is not taken for a detector
     with pytest.raises(WeightsError, match=r"missing head\.norm\.weight"):
         convert_state_dict(body, model)

@@ -65,14 +65,19 @@ def test_checkpoints_of_the_training_script(ema):
     assert torch.equal(converted["stem.0.conv.weight"], expected)
 
 
-def test_a_detector_gives_its_backbone_without_the_norms_of_its_maps():
+def test_a_detector_gives_its_backbone_with_and_without_the_norms_of_its_maps():
     recorded = golden.load("det_ravlt_t")
     official = golden.official_weights(recorded)
     detector = {f"backbone.{k}": v for k, v in official.items()}
     detector["neck.fpn.weight"] = torch.zeros(1)
     ours = ravlt.to_ours(unwrap({"state_dict": detector}))
-    expected = {k for k in build().state_dict() if not k.startswith("head.")}
-    assert set(ours) == expected
+    pyramid = build(pyramid="det")
+    assert set(ours) == set(pyramid.state_dict())
+    normed = convert_state_dict({"state_dict": detector}, pyramid)
+    assert normed["feature_norms.1.weight"] is official["extra_norms.1.norm.weight"]
+    assert set(ravlt.to_official(normed)) == {*official, *recorded["derived"]}
+    bare = convert_state_dict({"state_dict": detector}, build(), require_head=False)
+    assert set(bare) == {k for k in build().state_dict() if not k.startswith("head.")}
     with pytest.raises(WeightsError, match=r"missing head\.proj\.conv\.weight.*no classifier"):
         convert_state_dict({"state_dict": detector}, build())
 
