@@ -64,7 +64,7 @@ def test_editable_install_is_this_checkout(tmp_path):
 
 def test_import_is_lean(tmp_path):
     code = "import sys, backbones; print(*[m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["matplotlib", "fvcore", "backbones.training"]
+    heavy = ["matplotlib", "fvcore", "backbones.detection", "backbones.training"]
     run = python("-c", code, *heavy, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []

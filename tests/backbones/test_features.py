@@ -1,0 +1,62 @@
+"""Features at sizes of detectors, odd and small ones, of all families by both of timm's ways."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.backbones.models import FAMILIES
+from tests.support import golden
+
+SIZES = [(800, 1216), (333, 500), (64, 64)]
+SMALLEST = {
+    "biformer": "biformer_tiny",
+    "davit": "davit_tiny",
+    "l2vit": "l2vit_tiny",
+    "maxvit": "maxvit_pico_rw_256",
+    "overlock": "overlock_xt",
+    "ravlt": "ravlt_t",
+    "shvit": "shvit_s1",
+    "tic": "tic_tiny",
+}
+
+
+@torch.no_grad()
+def check_features(model: nn.Module, features: nn.Module) -> None:
+    """Both ways give the same finite maps, of the sizes that `feature_info` says."""
+    weights = model.state_dict()
+    names = {name.replace(".", "_", 1): name for name in weights}
+    values = {
+        # timm takes some models apart and joins others
+        key: weights.get(key.removeprefix("model."), weights.get(names.get(key, "")))
+        for key in features.state_dict()
+    }
+    features.load_state_dict(values)
+    info = features.feature_info
+    for height, width in SIZES:
+        x = golden.image((1, 3, height, width)).float()
+        maps = features(x)
+        expected = [
+            (1, channels, -(-height // stride), -(-width // stride))
+            for channels, stride in zip(info.channels(), info.reduction(), strict=True)
+        ]
+        assert [tuple(value.shape) for value in maps] == expected
+        assert all(value.isfinite().all() for value in maps)
+        others = model.forward_intermediates(x, intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(maps, others, strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_of_small_models(name):
+    family = FAMILIES[name]
+    torch.manual_seed(0)
+    check_features(family.create().eval(), family.create(features_only=True).eval())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLEST)
+def test_features_of_real_models(name):
+    assert SMALLEST.keys() == FAMILIES.keys()
+    torch.manual_seed(0)
+    model = timm.create_model(SMALLEST[name]).eval()
+    check_features(model, timm.create_model(SMALLEST[name], features_only=True).eval())
