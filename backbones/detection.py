@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from .layers.feature_pyramid import LastLevelConv, StrideAnchors, UpsampledPyram
 
 __all__ = ["DETECTORS", "DetectionBackbone", "build_detector"]
 
-Detector = FasterRCNN | RetinaNet | FCOS
+Detector: TypeAlias = FasterRCNN | RetinaNet | FCOS
 
 DETECTORS: dict[str, Callable[..., Detector]] = {
     "faster_rcnn": FasterRCNN,
