@@ -33,7 +33,8 @@ def test_reconstructions_say_so():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_examples_run(block):
-    block = block.replace(", pretrained=True", "").replace('"path/to/checkout"', repr(str(ROOT)))
+    block = re.sub(r", pretrained(_backbone)?=True", "", block)
+    block = block.replace('"path/to/checkout"', repr(str(ROOT)))
     exec(block, {"torch": torch, "timm": timm})
 
 
