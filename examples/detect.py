@@ -7,6 +7,9 @@
 `shapes` learns circles, squares and triangles on photos, new ones in every step, and is measured on
 photos that training does not see. `trees` learns tiles of real aerial photos by heart and is
 measured on the same tiles: that shows that images, boxes and losses fit, not how good it is.
+
+Everything is trained from scratch; `build_detector(..., pretrained_backbone=True)` starts from the
+official weights of the backbone.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from detection_data import (
 )
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
+from torchvision.ops import nms
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -154,10 +158,11 @@ def average_precision(
 def draw(
     found: Sequence[Target], samples: Sequence[Sample], classes: Sequence[str], path: Path
 ) -> None:
-    """Write pictures at twice their size, true boxes in white, found ones in colours.
+    """Write pictures at twice their size, true boxes in white, the best of found ones in colours.
 
     Args:
-        found: What `predict` returns; scores of less than 0.3 are left out.
+        found: What `predict` returns; left out are scores of less than 0.3, and boxes that a
+            better one covers by half, of whichever class.
         samples: The pictures and their targets.
         classes: Names, without the background.
         path: A PNG file.
@@ -166,16 +171,20 @@ def draw(
     tiles = []
     for (image, target), one in zip(samples, found, strict=True):
         large = nn.functional.interpolate(image[None], scale_factor=2.0, mode="bilinear")[0]
-        tile, keep = (255 * large).to(torch.uint8), one["scores"] >= 0.3
+        tile = (255 * large).to(torch.uint8)
+        keep = nms(one["boxes"], one["scores"], 0.5)
+        keep = keep[one["scores"][keep] >= 0.3]
         if len(target["boxes"]):
             tile = draw_bounding_boxes(tile, 2 * target["boxes"], colors="white")
-        if keep.any():
+        if len(keep):
             labels = [label - 1 for label in one["labels"][keep].tolist()]
             names = [classes[label] for label in labels] if len(classes) > 1 else None
             chosen: list[Any] = [colours[label] for label in labels]
             tile = draw_bounding_boxes(tile, 2 * one["boxes"][keep], names, chosen, width=2)
         tiles.append(tile)
-    to_pil_image(make_grid(tiles, nrow=3, padding=4, pad_value=255)).save(path, optimize=True)
+    picture = to_pil_image(make_grid(tiles, nrow=3, padding=4, pad_value=255))
+    # 256 colours are a third of the file
+    picture.quantize().save(path, optimize=True)
 
 
 def write(
@@ -214,7 +223,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("task", choices=("shapes", "trees"))
     parser.add_argument("--detector", choices=tuple(DETECTORS), default="fcos", help="[fcos]")
     parser.add_argument("--backbone", default="shvit_s1", help="any model [shvit_s1]")
-    parser.add_argument("--weights", help="of the backbone: a file, URL or repository [none]")
     parser.add_argument("--steps", type=int, default=400, help="training steps [400]")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures in a step [8]")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate [1e-3]")
@@ -236,7 +244,6 @@ def main() -> None:
         given.detector,
         given.backbone,
         len(classes) + 1,
-        pretrained_backbone=given.weights or False,
         # pictures keep their size
         min_size=given.size,
         max_size=given.size,
@@ -252,8 +259,10 @@ def main() -> None:
     found = predict(detector, samples, given.batch_size)
     scores = average_precision(found, samples, classes)
     print("  ".join(f"{name} {score:.1f}" for name, score in scores.items()))
-    picture = f"detect-{given.task}-{given.backbone}.png"
-    draw(found[:6], samples[:6], classes, (ROOT / "docs" if given.write else given.out) / picture)
+    path = ROOT / "docs" if given.write else given.out
+    path /= f"{given.task}-{given.detector}-{given.backbone}.png"
+    some = slice(None, None, max(1, len(samples) // 6))
+    draw(found[some][:6], samples[some][:6], classes, path)
     folder = ROOT / "benchmarks" / "results" if given.write else given.out
     write(given, scores, more, folder / "detection_example.json")
 

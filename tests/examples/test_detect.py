@@ -158,5 +158,5 @@ def test_the_program_trains_scores_draws_and_reports(detect, monkeypatch, tmp_pa
     assert all(map(math.isfinite, report["losses"]))
     assert report["pictures"] == 4 and 4 <= report["boxes"] <= 12
     assert 0 <= report["scores"]["AP"] <= 100
-    assert Image.open(tmp_path / "detect-shapes-shvit_s1.png").size == (3 * 196 + 4, 2 * 196 + 4)
+    assert Image.open(tmp_path / "shapes-fcos-shvit_s1.png").size == (3 * 196 + 4, 2 * 196 + 4)
     assert "step 2/2  loss" in capsys.readouterr().out
