@@ -140,6 +140,16 @@ def test_perfect_predictions_have_full_precision(data, detect):
     found = [_perfect(target) for _, target in samples]
     scores = detect.average_precision(found, samples, data.SHAPES)
     assert len(scores) == 8 and set(scores.values()) == {100.0}
+    # boxes a little off, of one class
+    moved = [{**one, "labels": torch.ones_like(one["labels"])} for one in found]
+    truth = [
+        (image, {**target, "labels": one["labels"]})
+        for (image, target), one in zip(samples, moved, strict=True)
+    ]
+    for one in moved:
+        one["boxes"] = one["boxes"] + 3
+    scores = detect.average_precision(moved, truth, ("shape",))
+    assert "AP shape" not in scores and scores["AP50"] == 100 and scores["AP"] < 80
     # labels of one class given to another
     for one in found:
         one["labels"] = one["labels"].clamp(min=2)
