@@ -1,10 +1,10 @@
 """Features at sizes of detectors, odd and small ones, of all families by both of timm's ways."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
+import backbones
 from tests.backbones.models import FAMILIES
 from tests.support import golden
 
@@ -60,5 +60,5 @@ def test_features_of_small_models(name):
 def test_features_of_real_models(name):
     assert SMALLEST.keys() == FAMILIES.keys()
     torch.manual_seed(0)
-    model = timm.create_model(SMALLEST[name]).eval()
-    check_features(model, timm.create_model(SMALLEST[name], features_only=True).eval())
+    model = backbones.create_model(SMALLEST[name]).eval()
+    check_features(model, backbones.create_model(SMALLEST[name], features_only=True).eval())
