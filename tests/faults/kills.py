@@ -43,9 +43,9 @@ def _one_process() -> dict[str, Case]:
     return cases
 
 
-def _restarted(step: int, rank: int, lab: Lab) -> str:
+def _restarted(number: int, step: int, lab: Lab) -> str:
     """Kill a process of two under torchrun, which starts both again."""
-    folder = lab.folder / f"restarted-{step}-{rank}"
+    folder, rank = lab.folder / f"restarted-{number}", number % 2
     done = launch(folder, SMALL, Fault("kill", step, rank), restarts=1)
     if done.code or "exitcode: -9" not in done.err:
         return f"exit code {done.code}: {done.err[-2000:]}"
@@ -55,7 +55,7 @@ def _restarted(step: int, rank: int, lab: Lab) -> str:
 def _two_processes() -> dict[str, Case]:
     draw = random.Random(1)
     return {
-        f"{number}: rank {number % 2} at step {step}": partial(_restarted, step, number % 2)
+        f"{number}: rank {number % 2} at step {step}": partial(_restarted, number, step)
         for number, step in enumerate(draw.choices(range(STEPS), k=20))
     }
 
