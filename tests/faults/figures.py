@@ -25,6 +25,7 @@ from tests.faults import (
     usage,
 )
 from tests.faults.lab import Case, Lab, Outcome
+from tests.faults.trained import whole
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,12 @@ class Figure:
 
 
 def independent(
-    name: str, suite: str, title: str, cases: Mapping[str, Case], seconds: float | None = None
+    name: str,
+    suite: str,
+    title: str,
+    cases: Mapping[str, Case],
+    seconds: float | None = None,
+    prepare: Callable[[Lab], object] = lambda lab: None,
 ) -> Figure:
     """A figure whose injections are made one after the other.
 
@@ -59,9 +65,11 @@ def independent(
         title: What is injected.
         cases: Each makes an injection and says why it was not survived; empty if it was.
         seconds: How long each may take.
+        prepare: Makes before what all of them need.
     """
 
     def run(lab: Lab) -> dict[str, Outcome]:
+        prepare(lab)
         return {case: _inject(cases[case], lab) for case in cases}
 
     return Figure(name, suite, title, tuple(cases), run, seconds)
@@ -79,7 +87,11 @@ def _inject(case: Case, lab: Lab) -> Outcome:
 SUITES = ("hub", "files", "train", "usage")
 FIGURES = (
     independent("F1", "train", "kills of a run, then other workers", kills.ONE_PROCESS),
-    independent("F2", "train", "kills of one of two, under torchrun", kills.TWO_PROCESSES, 60),
+    independent(
+        *("F2", "train", "kills of one of two, under torchrun", kills.TWO_PROCESSES),
+        seconds=60,
+        prepare=partial(whole, count=2),
+    ),
     independent("F3", "train", "signals to stop", stops.CASES),
     independent("F4", "train", "kills and full disks while saving", saves.CASES),
     independent("F5", "train", "losses and gradients not finite", nonfinite.CASES),
