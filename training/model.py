@@ -101,12 +101,13 @@ def fit_input_size(model: Any, img_size: int) -> None:
     try:
         if hasattr(model, "set_input_size"):
             model.set_input_size(img_size=(img_size, img_size))
-        # some find out only when they see an image
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, img_size, img_size))
+        if not type(model).__module__.startswith("backbones."):
+            # others than ours may find out only when they see an image
+            with torch.inference_mode():
+                model.eval()(torch.zeros(1, 3, img_size, img_size))
+            model.train()
     except (ValueError, AssertionError, RuntimeError) as error:
         raise UsageError(f"--img-size {img_size}: {error}") from error
-    model.train()
 
 
 def load_into(

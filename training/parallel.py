@@ -130,7 +130,7 @@ def explained(config: OptimConfig) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
+    except (RuntimeError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError) or is_lost(error):
             raise
         raise UsageError(

@@ -109,6 +109,18 @@ FAMILIES = {
     "tic": Small("tic_tiny", _TIC, _WIDTHS),
 }
 
+# the smallest real model of every family
+SMALLEST = {
+    "biformer": "biformer_tiny",
+    "davit": "davit_tiny",
+    "l2vit": "l2vit_tiny",
+    "maxvit": "maxvit_pico_rw_256",
+    "overlock": "overlock_xt",
+    "ravlt": "ravlt_t",
+    "shvit": "shvit_s1",
+    "tic": "tic_tiny",
+}
+
 # other layers and heads of the same families, for what is quick to test
 VARIANTS = {
     **FAMILIES,

@@ -7,21 +7,11 @@ from torch import Tensor, nn
 
 from backbones.detection import DETECTORS, DetectionBackbone, build_detector
 from backbones.pretrained import WeightsError, biformer
-from tests.backbones.models import FAMILIES, VARIANTS, Small, deterministic
+from tests.backbones.models import FAMILIES, SMALLEST, VARIANTS, Small, deterministic
 from tests.support import golden
 
 DENSE = ("retinanet", "fcos")
 WITHOUT_NORMS = ("maxvit", "shvit")
-SMALLEST = {
-    "biformer": "biformer_tiny",
-    "davit": "davit_tiny",
-    "l2vit": "l2vit_tiny",
-    "maxvit": "maxvit_pico_rw_256",
-    "overlock": "overlock_xt",
-    "ravlt": "ravlt_t",
-    "shvit": "shvit_s1",
-    "tic": "tic_tiny",
-}
 # little work for the heads of R-CNNs
 FEW = {
     "rpn_pre_nms_top_n_train": 50,

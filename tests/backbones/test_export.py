@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import backbones
-from tests.backbones.models import FAMILIES, Small, deterministic, relative_error
+from tests.backbones.models import FAMILIES, SMALLEST, Small, deterministic, relative_error
 from tests.support import golden
 from tests.support.process import ROOT, python
 
@@ -17,17 +17,6 @@ for _name in ("onnx", "onnxscript", "onnxruntime"):
 FREE = torch.export.Dim.DYNAMIC
 BATCH = {0: FREE}
 ANY = {0: FREE, 2: FREE, 3: FREE}
-# the smallest model of every family
-REAL = {
-    "biformer": "biformer_tiny",
-    "davit": "davit_tiny",
-    "l2vit": "l2vit_tiny",
-    "maxvit": "maxvit_pico_rw_256",
-    "overlock": "overlock_xt",
-    "ravlt": "ravlt_t",
-    "shvit": "shvit_s1",
-    "tic": "tic_tiny",
-}
 
 
 @pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
@@ -74,7 +63,7 @@ def test_onnx_with_free_batch_and_size(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REAL.values(), ids=REAL)
+@pytest.mark.parametrize("name", SMALLEST.values(), ids=SMALLEST)
 def test_onnx_of_fused_models(name):
     model = deterministic(backbones.create_model(name), torch.float32).fuse()
     size = model.pretrained_cfg["input_size"]
@@ -83,7 +72,7 @@ def test_onnx_of_fused_models(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REAL.values(), ids=REAL)
+@pytest.mark.parametrize("name", SMALLEST.values(), ids=SMALLEST)
 def test_onnx_of_exportable_models_without_classifier(name):
     model = backbones.create_model(name, exportable=True, num_classes=0)
     model = deterministic(model, torch.float32)

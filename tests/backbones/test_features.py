@@ -5,20 +5,10 @@ import torch
 from torch import nn
 
 import backbones
-from tests.backbones.models import FAMILIES
+from tests.backbones.models import FAMILIES, SMALLEST
 from tests.support import golden
 
 SIZES = [(800, 1216), (333, 500), (64, 64)]
-SMALLEST = {
-    "biformer": "biformer_tiny",
-    "davit": "davit_tiny",
-    "l2vit": "l2vit_tiny",
-    "maxvit": "maxvit_pico_rw_256",
-    "overlock": "overlock_xt",
-    "ravlt": "ravlt_t",
-    "shvit": "shvit_s1",
-    "tic": "tic_tiny",
-}
 
 
 @torch.no_grad()

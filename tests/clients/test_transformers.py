@@ -6,18 +6,12 @@ import torch
 
 import backbones
 from backbones.convert import convert
+from tests.backbones.models import SMALLEST
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 
-SMALLEST = {
-    "biformer": "biformer_tiny",
-    "davit": "davit_tiny",
-    "l2vit": "l2vit_tiny",
-    "maxvit": "maxvit_pico_rw_256",
-    "overlock": "overlock_xt",
-    "ravlt": "ravlt_t",
-    "shvit": "shvit_s1",
-    "tic": "tic_tiny",
+CONVERTED = {
+    **SMALLEST,
     # with tables that follow from the arguments, in no state dict, as RAVLT has
     "maxvit_rmlp": "maxvit_rmlp_pico_rw_256",
 }
@@ -25,7 +19,7 @@ quick_and_slow = pytest.mark.parametrize(
     "name",
     [
         pytest.param(name, marks=() if name in ("shvit_s1", "overlock_xt") else pytest.mark.slow)
-        for name in SMALLEST.values()
+        for name in CONVERTED.values()
     ],
 )
 
