@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +21,7 @@ import backbones
 
 from .config import option, require
 from .errors import LostProcessError, UsageError
+from .meeting import call_roll, meet
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 # what gloo and PyTorch say when a process does not answer
@@ -31,7 +31,6 @@ _LOST = (
     "Timed out waiting",
     "Broken pipe",
 )
-_ROLL_CALL = 5.0
 
 
 @dataclass(frozen=True)
@@ -142,24 +141,13 @@ class World:
         except (RuntimeError, dist.DistError) as error:
             if self.store is None or not is_lost(error):
                 raise
-            present = self._call_roll(self.store)
+            present = call_roll(self.store, self.rank, self.size)
             missing = ", ".join(str(rank) for rank in range(self.size) if rank not in present)
             raise LostProcessError(
                 f"no answer from process {missing or 'unknown'} of {self.size} at {where()}: it is "
                 "gone or hangs; start the same command again to go on from the last checkpoint",
                 speaks=self.rank == min(present, default=-1),
             ) from error
-
-    def _call_roll(self, store: dist.Store) -> list[int]:
-        # whoever waits is told by the same failure; the store outlives the process, with torchrun
-        end, names = time.monotonic() + _ROLL_CALL, [f"present/{i}" for i in range(self.size)]
-        present: list[int] = []
-        with contextlib.suppress(RuntimeError):
-            store.set(names[self.rank], "")
-            while len(present) < self.size and time.monotonic() < end:
-                time.sleep(0.1)
-                present = [rank for rank, name in enumerate(names) if store.check([name])]
-        return present
 
     @property
     def _object_device(self) -> torch.device:
@@ -175,6 +163,7 @@ def join(config: RuntimeConfig) -> Iterator[World]:
 
     Raises:
         UsageError: The device that is asked for is absent.
+        LostProcessError: Not all of them came.
     """
     device = _pick_device(config.device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -182,11 +171,9 @@ def join(config: RuntimeConfig) -> Iterator[World]:
         yield World(device)
         return
     torch.set_num_threads(1)
-    # a restarted attempt must not find the addresses of the dead one in torchrun's store
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     timeout = timedelta(minutes=config.timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    store = meet(store, rank, size, timeout.total_seconds())
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
