@@ -42,20 +42,31 @@ def peak(step: Callable[[], Any]) -> float:
     return highest / 2**20
 
 
-def best_times(ways: Ways, seconds: float) -> dict[str, float]:
-    """Seconds of the best pass of each way, in turns."""
-    best = dict.fromkeys(ways, float("inf"))
+def times_in_turns(ways: Ways, seconds: float, turns: int = 3) -> dict[str, list[float]]:
+    """Seconds of every pass of each way, in turns, without those of the first turn.
+
+    Args:
+        ways: What to time, by name.
+        seconds: How long to do so.
+        turns: Turns at least.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
     end = time.perf_counter() + seconds
     for turn in itertools.count():
-        # two at least: the first is slow
-        if turn > 1 and time.perf_counter() > end:
+        if turn > turns and time.perf_counter() > end:
             break
         # whoever comes first has a cold cache
         for name in list(ways) if turn % 2 else list(ways)[::-1]:
             start = time.perf_counter()
             ways[name]()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+            times[name].append(time.perf_counter() - start)
+    # the first is slow
+    return {name: values[1:] for name, values in times.items()}
+
+
+def best_times(ways: Ways, seconds: float) -> dict[str, float]:
+    """Seconds of the best pass of each way, in turns."""
+    return {name: min(times) for name, times in times_in_turns(ways, seconds, 1).items()}
 
 
 def compare(case: Case, peers: Peers, seconds: float, base: str = "unfold") -> Row:
