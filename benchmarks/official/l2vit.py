@@ -191,7 +191,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, size: Size) -> tuple[Tensor, Size]:
-        """Take images `(B, in_chans, H, W)`, return tokens `(B, N, dim)` and their rows, columns."""
+        """Take images `(B, in_chans, H, W)`, return tokens `(B, N, dim)` and their size."""
         if size[0] % 4 or size[1] % 4:
             x = F.pad(x, (0, -size[1] % 4, 0, -size[0] % 4))
         x = self.conv2(self.conv1(x).relu())
