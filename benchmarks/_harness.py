@@ -177,7 +177,7 @@ def _time(case: Case, peer: Peer, mode: str) -> Row:
     copies = min(16, 2 + 2 * device.L2_cache_size // floor.bytes)
     sets = [peer.prepare(case.tensors("cuda", seed)) for seed in range(copies)]
     steps = [_step(case, peer, arguments, mode) for arguments in sets]
-    peak = _peak(steps[0])
+    highest = peak(steps[0])
     turns = itertools.cycle(steps)
     p20, median, p80 = do_bench(
         lambda: next(turns)(), warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8]
@@ -193,11 +193,11 @@ def _time(case: Case, peer: Peer, mode: str) -> Row:
         "tflop_per_s": round(floor.flops / median / 1e9, 1),
         "bound_us": round(bound * 1e6, 2),
         "percent_of_floor": round(bound * 1e5 / median, 1),
-        "peak_mib": round(peak / 2**20, 1),
+        "peak_mib": round(highest / 2**20, 1),
     }
 
 
-def _peak(step: Callable[[], Any]) -> int:
+def peak(step: Callable[[], Any]) -> int:
     """Bytes that a step takes at its height, on top of its inputs."""
     step()
     torch.cuda.synchronize()

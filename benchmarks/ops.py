@@ -11,7 +11,6 @@ is timed and nothing can be written.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks._harness import Row, ceiling, environment, measure, slug
+from benchmarks._results import earlier, merged, write
 from benchmarks.cases import Case, all_cases, tiny_cases
 from benchmarks.peers import PEERS
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# what names a row
+FIELDS = ("op", "case", "dtype", "peer")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,32 +83,6 @@ def show(row: Row) -> str:
     )
 
 
-def merged(path: Path, head: dict[str, str], rows: list[Row]) -> list[Row]:
-    """Put rows to those of earlier runs of the same code on the same device; new ones win."""
-    # uncommitted changes may be others than last time
-    if not path.exists() or head["commit"].endswith(("-dirty", "unknown")):
-        return rows
-    old = json.loads(path.read_text())
-    if any(old.get(key) != value for key, value in head.items()):
-        return rows
-
-    def key(row: Row) -> tuple[str, ...]:
-        return row["op"], row["case"], row["dtype"], row["peer"]
-
-    new = {key(row) for row in rows}
-    return [row for row in old["rows"] if key(row) not in new] + rows
-
-
-def write(path: Path, head: dict[str, str], rows: list[Row]) -> None:
-    """Write a result, one row per line; a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    fields = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items())
-    part = path.with_suffix(".part")
-    part.write_text(f'{{\n{fields} "rows": [\n{lines}\n ]\n}}\n')
-    part.replace(path)
-
-
 def on_gpu(arguments: argparse.Namespace) -> int:
     """Check and time every case within the budget."""
     start, head = time.monotonic(), environment(arguments.commit)
@@ -115,7 +91,7 @@ def on_gpu(arguments: argparse.Namespace) -> int:
     print(f"ceilings: {limit.bytes / 1e12} TB/s, {limit.flops / 1e12:.0f} TFLOP/s")
     path = arguments.out / f"ops_{slug(head['device'])}.json"
     tasks = list(work(select(all_cases(), arguments.op, arguments.case)))
-    rows: list[Row] = []
+    old, rows = earlier(path, head), list[Row]()
     for done, (case, peer) in enumerate(tasks):
         if time.monotonic() - start > arguments.budget:
             print(f"budget of {arguments.budget:.0f} s used: {done} of {len(tasks)} done")
@@ -125,7 +101,7 @@ def on_gpu(arguments: argparse.Namespace) -> int:
         for row in new:
             print(show(row), flush=True)
         if arguments.write:
-            write(path, head, merged(path, head, rows))
+            write(path, head, merged(old, rows, FIELDS))
     if arguments.write:
         print(f"wrote {path}")
     return 0
