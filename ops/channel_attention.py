@@ -70,9 +70,16 @@ def _forward_pytorch(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
         a, b, m = _split(qkv, num_heads, mix_values)
-        factor = score_scale(qkv, num_heads, mix_values, scale)
-        weights = (a.mT @ b).mul_(factor).softmax(dim=-1)
-        return pack_heads([m @ weights.mT], qkv), weights if keep else weights.new_empty(0)
+        weights = a.new_empty((*a.shape[:2], a.shape[3], a.shape[3]))
+        out = a.new_empty((len(a), a.shape[2], *a.shape[1::2]))
+        # image by image: heads of all images are no batch of one stride, and would be copied
+        for one_a, one_b, one_weights in zip(a, b, weights, strict=True):
+            torch.bmm(one_a.mT, one_b, out=one_weights)
+        weights = weights.mul_(score_scale(qkv, num_heads, mix_values, scale)).softmax(dim=-1)
+        for one_m, one_weights, one_out in zip(m, weights, out, strict=True):
+            torch.bmm(one_m, one_weights.mT, out=one_out.transpose(0, 1))
+        y = out.flatten(2).unflatten(1, qkv.shape[1:3]).to(qkv.dtype)
+        return y, weights if keep else weights.new_empty(0)
 
 
 def _backward_pytorch(
