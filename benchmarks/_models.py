@@ -34,8 +34,6 @@ PLACES: tuple[tuple[tuple[int, int] | None, int], ...] = (
     (None, 32),
     (DETECTION, 1),
 )
-# what names a row
-FIELDS = ("model", "provider", "mode", "precision", "size", "batch", "graph")
 
 
 class Provider(NamedTuple):

@@ -26,16 +26,6 @@ def earlier(path: Path, head: Mapping[str, str]) -> list[Row]:
     return old["rows"]
 
 
-def merged(old: Sequence[Row], new: Sequence[Row], fields: Sequence[str]) -> list[Row]:
-    """Put new rows behind old ones; they replace those that agree in all `fields`."""
-
-    def key(row: Row) -> tuple[str, ...]:
-        return tuple(str(row[field]) for field in fields)
-
-    replaced = {key(row) for row in new}
-    return [row for row in old if key(row) not in replaced] + list(new)
-
-
 def write(path: Path, head: Mapping[str, str], rows: Sequence[Row]) -> None:
     """Write a result, one row per line; a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,8 @@ import torch
 
 from backbones import catalog
 from benchmarks._harness import environment, slug
-from benchmarks._models import FIELDS, PROVIDERS, Job, Row, measure, own_size, work
-from benchmarks._results import earlier, merged, write
+from benchmarks._models import PROVIDERS, Job, Row, measure, own_size, work
+from benchmarks._results import earlier, write
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = (
@@ -95,7 +95,7 @@ def on_gpu(arguments: argparse.Namespace) -> int:
             print(f"budget of {arguments.budget:.0f} s used: {done} of {len(tasks)} done")
             break
         new = measure(job, "cuda")
-        rows = merged(rows, new, FIELDS)
+        rows += new
         for row in new:
             print(show(row), flush=True)
         if arguments.write:

@@ -4,8 +4,8 @@
     python benchmarks/ops.py --write            also benchmarks/results/ops_<device>.json
     python benchmarks/ops.py --case davit --budget 300
 
-Without a GPU every peer computes tiny cases on the CPU and is compared with the reference; nothing
-is timed and nothing can be written.
+A further run of the same code goes on where the last one stopped. Without a GPU every peer
+computes tiny cases on the CPU and is compared with the reference; nothing is timed or written.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks._harness import Row, ceiling, environment, measure, slug
-from benchmarks._results import earlier, merged, write
+from benchmarks._results import earlier, write
 from benchmarks.cases import Case, all_cases, tiny_cases
 from benchmarks.peers import PEERS
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# what names a row
-FIELDS = ("op", "case", "dtype", "peer")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,15 +81,21 @@ def show(row: Row) -> str:
     )
 
 
+def _key(case: Case, peer: str) -> tuple[str, ...]:
+    return case.op, case.name, str(case.dtype).removeprefix("torch."), peer
+
+
 def on_gpu(arguments: argparse.Namespace) -> int:
-    """Check and time every case within the budget."""
+    """Check and time every case that earlier runs left, within the budget."""
     start, head = time.monotonic(), environment(arguments.commit)
     limit = ceiling(head["device"])
     print(*(f"{key}: {value}" for key, value in head.items()), sep="\n")
     print(f"ceilings: {limit.bytes / 1e12} TB/s, {limit.flops / 1e12:.0f} TFLOP/s")
     path = arguments.out / f"ops_{slug(head['device'])}.json"
-    tasks = list(work(select(all_cases(), arguments.op, arguments.case)))
-    old, rows = earlier(path, head), list[Row]()
+    rows = earlier(path, head)
+    known = {(row["op"], row["case"], row["dtype"], row["peer"]) for row in rows}
+    chosen = work(select(all_cases(), arguments.op, arguments.case))
+    tasks = [(case, peer) for case, peer in chosen if _key(case, peer) not in known]
     for done, (case, peer) in enumerate(tasks):
         if time.monotonic() - start > arguments.budget:
             print(f"budget of {arguments.budget:.0f} s used: {done} of {len(tasks)} done")
@@ -101,7 +105,7 @@ def on_gpu(arguments: argparse.Namespace) -> int:
         for row in new:
             print(show(row), flush=True)
         if arguments.write:
-            write(path, head, merged(old, rows, FIELDS))
+            write(path, head, rows)
     if arguments.write:
         print(f"wrote {path}")
     return 0
