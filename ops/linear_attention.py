@@ -28,32 +28,44 @@ from ._common import accumulation_dtype, autocast, kernels, reference_in_use
 from ._heads import pack_heads, split_heads
 
 
-def _attend(qkv: Tensor, temperature: Tensor, min_denominator: float) -> tuple[Tensor, Tensor]:
-    """The output `(B, H, W, C)`, and S over z `(B, heads, D + 1, D)`."""
-    with torch.autocast(qkv.device.type, enabled=False):
-        q, k, v = split_heads(qkv, 3, temperature.shape[0])
-        q, k = q.relu(), k.relu()
-        matrix, vector = k.transpose(-1, -2) @ v, k.sum(dim=-2, keepdim=True)
-        raw = q @ vector.transpose(-1, -2)
-        # unlike that of `clamp`, its gradient at the bound is the same in all versions of PyTorch
-        den = torch.where(raw < min_denominator, min_denominator, raw)
-        # the sum, which is small, takes the factor
-        scaled = matrix * temperature.to(q.dtype)[:, None, None]
-        return pack_heads([q @ scaled / den], qkv), torch.cat([matrix, vector], dim=-2)
-
-
 def linear_attention_reference(
     qkv: Tensor, temperature: Tensor, min_denominator: float = 100.0
 ) -> Tensor:
     """Compute `linear_attention` in plain, differentiable PyTorch."""
-    return _attend(qkv, temperature, min_denominator)[0]
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = split_heads(qkv, 3, temperature.shape[0])
+        q, k = q.relu(), k.relu()
+        raw = q @ k.sum(dim=-2, keepdim=True).transpose(-1, -2)
+        # unlike that of `clamp`, its gradient at the bound is the same in all versions of PyTorch
+        den = torch.where(raw < min_denominator, min_denominator, raw)
+        # the sum, which is small, takes the factor
+        matrix = k.transpose(-1, -2) @ v * temperature.to(q.dtype)[:, None, None]
+        return pack_heads([q @ matrix / den], qkv)
 
 
 def _forward_pytorch(
     qkv: Tensor, temperature: Tensor, min_denominator: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    out, state = _attend(qkv, temperature, min_denominator)
-    return out, state if keep else state.new_empty(0)
+    """The output `(B, H, W, C)`, and S over z `(B, heads, D + 1, D)` if it is kept.
+
+    An image at a time: its heads are factors of products as they lie, those of a batch would first
+    be copied.
+    """
+    dtype, heads = accumulation_dtype(qkv.dtype), temperature.shape[0]
+    tokens = qkv.flatten(1, 2).unflatten(-1, (3, heads, -1))
+    out, factor = tokens.new_empty(tokens[:, :, 0].shape), temperature.to(dtype)[:, None, None]
+    batch, dim = tokens.shape[0], tokens.shape[-1]
+    state = tokens.new_empty((batch, heads, dim + 1, dim) if keep else (0,), dtype=dtype)
+    with torch.autocast(qkv.device.type, enabled=False):
+        for index, image in enumerate(tokens.unbind(0)):
+            q, k = image[:, :2].to(dtype).relu().permute(1, 2, 0, 3).unbind(0)
+            v = image[:, 2].to(dtype).transpose(0, 1)
+            matrix, vector = torch.bmm(k.mT, v), k.sum(dim=1, keepdim=True)
+            den = torch.bmm(q, vector.mT).clamp_(min=min_denominator)
+            torch.div(torch.bmm(q, factor * matrix), den, out=out[index].transpose(0, 1))
+            if keep:
+                torch.cat([matrix, vector], dim=1, out=state[index])
+    return out.flatten(2).unflatten(1, qkv.shape[1:3]), state
 
 
 def _backward_pytorch(
