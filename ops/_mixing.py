@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._common import accumulation_dtype
-from ._windows import relative_bias, table_gradient
+from ._windows import table_gradient
 
 # weights held at once, before and after they are put among zeros: 1 MB in float32, to stay in cache
 _BLOCK = 1 << 18
@@ -90,8 +90,9 @@ def sizes(tables: tuple[Tensor, ...]) -> list[int]:
 def expand(table: Tensor, bias: Tensor) -> Tensor:
     """What a half adds to its logits `(G, K, K, K * K)`, by own slot and slot of a window."""
     size = (table.shape[-1] + 1) // 2
-    pairs = relative_bias(table, (size, size)).transpose(-1, -2) + bias
-    return pairs.unflatten(1, (size, size))
+    # views of the table for own slots in falling order
+    views = table.unfold(1, size, 1).unfold(2, size, 1)
+    return views.flip(1, 2).flatten(3).add_(bias)
 
 
 def fold(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,12 +257,14 @@ def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
 def _mix(half: Half, rectangle: Rectangle, out: Tensor, lse: Tensor) -> None:
     query, kernel, value = half.load(rectangle)
     logits = half.logits(rectangle, query, kernel)
-    weights = logits.softmax(dim=-1)
+    # softmax by hand: its sums give the logsumexp, and divide what is narrower than the weights
+    largest = logits.amax(dim=-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
     target = lse[rectangle.at]
-    # the logsumexp without a second round of exponentials
-    target.copy_((logits.amax(dim=-1) - weights.amax(dim=-1).log()).view(target.shape))
+    target.copy_((largest + total.log()).view(target.shape))
     target = out[rectangle.at]
-    target.copy_((rectangle.spread(weights) @ value).view(target.shape))
+    target.copy_(((rectangle.spread(weights) @ value) / total).view(target.shape))
 
 
 class _Gradients:
