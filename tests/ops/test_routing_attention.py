@@ -1,7 +1,5 @@
 """Routing attention against its definition and official code, and what is particular to it."""
 
-import importlib
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,15 +8,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import ops
 from backbones.ops import (
+    _routing_pytorch,
     route_regions,
     route_regions_reference,
     routing_attention,
     routing_attention_reference,
 )
+from backbones.ops._regions import Regions
 from tests.ops.routes import CALLS, Call, by_hand
 from tests.support import golden
 
-module = importlib.import_module("backbones.ops.routing_attention")
 GOLDEN = {case["id"]: case for case in golden.load("op_bra")["cases"]}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-5}
 
@@ -101,9 +100,17 @@ def test_regions_are_taken_in_blocks_without_a_seam(monkeypatch):
         return [out, *torch.autograd.grad((out * call.weight()).sum(), inputs)]
 
     whole = results()
-    monkeypatch.setattr(module, "_BLOCK", 500)
+    monkeypatch.setattr(_routing_pytorch, "_BLOCK", 500)
     for value, expected in zip(results(), whole, strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+
+
+def test_both_ways_to_attend_are_tested():
+    """Masked: few tokens in a region, of not too many."""
+    ways = {
+        _routing_pytorch._masked(Regions(*c.num_regions, *c.region_size), c.topk) for c in CALLS
+    }
+    assert ways == {True, False}
 
 
 def means_by_hand(call: Call, qkv: Tensor, pad: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,13 +188,13 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_never_holds_a_copy_of_all_chosen_keys(monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 1 << 12)
+    monkeypatch.setattr(_routing_pytorch, "_BLOCK", 1 << 12)
     call = Call("", (1, 28, 28), (7, 7), (4, 4), topk=16, heads=1, dim=4)
     (qkv, _), layout = call.inputs(), (*call.num_regions, *call.region_size)
     arguments = (call.regions(), None, 1, *layout, 0.5)
     with torch.no_grad(), Largest() as largest:
-        out, lse = module._forward_pytorch(qkv, *arguments)
-        module._backward_pytorch(out, qkv, arguments[0], None, out, lse, *arguments[2:])
+        out, lse = _routing_pytorch.forward(qkv, *arguments)
+        _routing_pytorch.backward(out, qkv, arguments[0], None, out, lse, *arguments[2:])
     assert largest.elements <= qkv.numel() < call.topk * qkv.numel() // 3
 
 
