@@ -86,12 +86,11 @@ class GatedRotaryAttention(nn.Module):
         """Take queries, keys, values and gate `(B, H, W, 4 * dim)`, return `(B, H, W, dim)`."""
         raise NotImplementedError(f"{type(self).__name__} must define attend")
 
-    def enhance(self, qkvg: Tensor, addend: Tensor | None) -> Tensor:
-        """Convolve the values, and add a map to the result."""
-        v, weight, bias = qkvg[..., 2 * self.dim : 3 * self.dim], self.lepe.weight, self.lepe.bias
+    def enhance(self, v: Tensor, addend: Tensor | None) -> Tensor:
+        """Convolve the values `(B, H, W, dim)`, and add a map to the result."""
         if self.exportable:
-            return depthwise_conv_reference(v, weight, bias, addend)
-        return depthwise_conv(v, weight, bias, addend)
+            return depthwise_conv_reference(v, self.lepe.weight, self.lepe.bias, addend)
+        return depthwise_conv(v, self.lepe.weight, self.lepe.bias, addend)
 
     def fold_norm(self, norm: nn.LayerNorm) -> nn.LayerNorm:
         """Take over weight and bias of the norm before."""
@@ -113,7 +112,7 @@ class RankAugmentedAttention(GatedRotaryAttention):
 
     def attend(self, qkvg: Tensor, rotary: Tensor) -> Tensor:
         """Take queries, keys, values and gate `(B, H, W, 4 * dim)`, return `(B, H, W, dim)`."""
-        local = self.enhance(qkvg, None)
+        local = self.enhance(qkvg[..., 2 * self.dim : 3 * self.dim], None)
         if self.exportable:
             return rank_augmented_attention_reference(qkvg, rotary, self.num_heads, local, True)
         return rank_augmented_attention(qkvg, rotary, self.num_heads, local, True)
@@ -140,17 +139,23 @@ class RotaryAttention(GatedRotaryAttention):
     def attend(self, qkvg: Tensor, rotary: Tensor) -> Tensor:
         """Take queries, keys, values and gate `(B, H, W, 4 * dim)`, return `(B, H, W, dim)`."""
         batch, height, width, _ = qkvg.shape
-        q, k, v = self._rotate(qkvg, rotary)
-        out = F.scaled_dot_product_attention(q, k, v)
+        # one split: the gradients of several slices would each be padded, and added up
+        qk, v, gate = qkvg.split([2 * self.dim, self.dim, self.dim], dim=-1)
+        q, k = self._rotate(qk, rotary)
+        out = F.scaled_dot_product_attention(q, k, self._heads(v))
         core = out.transpose(1, 2).reshape(batch, height, width, self.dim)
-        return self.enhance(qkvg, core) * qkvg[..., 3 * self.dim :]
+        return self.enhance(v, core) * gate
 
-    def _rotate(self, qkvg: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, rotated, and values `(B, num_heads, H * W, D)`."""
-        heads = qkvg.unflatten(-1, [4, self.num_heads, self.dim // self.num_heads])
-        q, k = apply_rotary(heads[..., 0, :, :], rotary), apply_rotary(heads[..., 1, :, :], rotary)
-        parts = [part.flatten(1, 2).transpose(1, 2) for part in (q, k, heads[..., 2, :, :])]
-        return parts[0], parts[1], parts[2]
+    def _heads(self, x: Tensor) -> Tensor:
+        """Heads `(B, num_heads, H * W, D)` of a map `(B, H, W, dim)`."""
+        return x.flatten(1, 2).unflatten(-1, [self.num_heads, -1]).transpose(1, 2)
+
+    def _rotate(self, qk: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys `(B, num_heads, H * W, D)`, rotated, of a map `(B, H, W, 2 * dim)`."""
+        # both at once, as if they were more heads
+        heads = qk.unflatten(-1, [2 * self.num_heads, self.dim // self.num_heads])
+        q, k = apply_rotary(heads, rotary).flatten(-2).chunk(2, dim=-1)
+        return self._heads(q), self._heads(k)
 
     @torch.jit.ignore
     def token_weights(self, x: Tensor) -> Tensor:
@@ -162,6 +167,6 @@ class RotaryAttention(GatedRotaryAttention):
         Returns:
             Weights `(B, num_heads, H, W)` of sum one.
         """
-        q, k, _ = self._rotate(self.qkvg(x), self.rotary(x))
+        q, k = self._rotate(self.qkvg(x)[..., : 2 * self.dim], self.rotary(x))
         scores = q @ k.mT * q.shape[-1] ** -0.5
         return scores.softmax(-1).mean(2).unflatten(-1, x.shape[1:3])
