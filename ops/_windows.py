@@ -75,19 +75,61 @@ def inside(x: Tensor, window: Window, grid: bool) -> Tensor | None:
     return partition(ones, window, grid)[0, ..., 0]
 
 
-def split_heads(tokens: Tensor, parts: int, num_heads: int, head_first: bool) -> tuple[Tensor, ...]:
-    """Split packed channels `(..., N, parts * C)` into `parts` tensors `(..., heads, N, D)`."""
+def split_heads(tokens: Tensor, num_heads: int, head_first: bool) -> tuple[Tensor, ...]:
+    """Split packed channels `(..., N, 3C)` into q, k and v `(..., heads, N, D)`."""
     if head_first:
-        split = tokens.unflatten(-1, (num_heads, parts, -1)).movedim(-2, 0)
+        split = tokens.unflatten(-1, (num_heads, 3, -1)).movedim(-2, 0)
     else:
-        split = tokens.unflatten(-1, (parts, num_heads, -1)).movedim(-3, 0)
+        split = tokens.unflatten(-1, (3, num_heads, -1)).movedim(-3, 0)
     return split.transpose(-3, -2).unbind(0)
 
 
-def pack_heads(parts: tuple[Tensor, ...], head_first: bool) -> Tensor:
-    """Undo `split_heads`."""
-    tokens = [part.transpose(-3, -2) for part in parts]
-    return torch.stack(tokens, dim=-2 if head_first else -3).flatten(-3)
+def fill_windows(x: Tensor, window: Window, vector: Tensor | None) -> Tensor:
+    """Continue a map `(B, H, W, C)` to the end of its windows, with a vector `(C,)` or zeros."""
+    height, width = x.shape[1:3]
+    rows, cols = cells(height, width, window)
+    if rows * window[0] == height and cols * window[1] == width:
+        return x
+    x = F.pad(x, (0, 0, 0, cols * window[1] - width, 0, rows * window[0] - height))
+    if vector is not None:
+        x[:, height:] = vector
+        x[:, :height, width:] = vector
+    return x
+
+
+def cut_heads(
+    x: Tensor, parts: int, num_heads: int, window: Window, grid: bool, head_first: bool
+) -> Tensor:
+    """Cut a map `(B, H, W, parts * C)` that its windows fill into heads, with one copy at most.
+
+    Returns:
+        `(parts, B * G, heads, N, D)`, of which one product of matrices takes all as they are.
+    """
+    p, q = window
+    packed = (num_heads, parts, -1) if head_first else (parts, num_heads, -1)
+    x = x.unflatten(3, packed).unflatten(2, (q, -1) if grid else (-1, q))
+    x = x.unflatten(1, (p, -1) if grid else (-1, p))
+    x = x.permute(_cut_order(grid, head_first))
+    count, dim = x.shape[1] * x.shape[2] * x.shape[3], x.shape[-1]
+    return x.reshape(parts, count, num_heads, p * q, dim)
+
+
+def join_heads(
+    x: Tensor, size: tuple[int, int, int], window: Window, grid: bool, head_first: bool
+) -> Tensor:
+    """Undo `cut_heads` for a map of `size` `(B, H, W)`, with one copy."""
+    (p, q), (batch, height, width), (parts, _, heads, _, dim) = window, size, x.shape
+    x = x.reshape(parts, batch, height // p, width // q, heads, p, q, dim)
+    order = _cut_order(grid, head_first)
+    return x.permute([order.index(i) for i in range(8)]).reshape(*size, parts * heads * dim)
+
+
+def _cut_order(grid: bool, head_first: bool) -> tuple[int, ...]:
+    """From (batch, the map's rows and columns in two each, parts and heads, channels)."""
+    parts, heads = (6, 5) if head_first else (5, 6)
+    if grid:
+        return parts, 0, 2, 4, heads, 1, 3, 7
+    return parts, 0, 1, 3, heads, 2, 4, 7
 
 
 def relative_bias(table: Tensor, window: Window) -> Tensor:

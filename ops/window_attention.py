@@ -30,17 +30,19 @@ from ._windows import (
     ONE_TILE,
     Windows,
     cells,
+    cut_heads,
+    fill_windows,
     inside,
+    join_heads,
     merge,
-    pack_heads,
     partition,
     relative_bias,
     split_heads,
     table_gradient,
 )
 
-# scores held at once, per block of windows: 4 MB in float32, so that they stay in cache
-_BLOCK_SCORES = 1 << 20
+# scores held at once, per block of windows: 1 MB in float32, so that they stay in cache
+_BLOCK_SCORES = 1 << 18
 
 
 def window_attention_reference(
@@ -57,15 +59,15 @@ def window_attention_reference(
     tokens, real = partition(qkv, window_size, grid), inside(qkv, window_size, grid)
     if real is not None and pad is not None:
         tokens = torch.where(real[..., None], tokens, pad.to(tokens.dtype))
-    q, k, v = split_heads(tokens, 3, num_heads, head_first)
+    q, k, v = split_heads(tokens, num_heads, head_first)
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if table is not None:
         scores = scores + relative_bias(table, window_size)
     if real is not None and pad is None:
         scores = scores.masked_fill(~real[:, None, None, :], float("-inf"))
-    out = scores.softmax(dim=-1).to(v.dtype) @ v
+    out = (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(-3, -2).flatten(-2)
     height, width = qkv.shape[1:3]
-    return merge(pack_heads((out,), False), window_size, grid, height, width)
+    return merge(out, window_size, grid, height, width)
 
 
 class _Tokens:
@@ -76,17 +78,19 @@ class _Tokens:
     ) -> None:
         dtype = accumulation_dtype(qkv.dtype)
         self.windows, self.map_size = windows, qkv.shape[:3]
-        self.inside = inside(qkv, windows.size, windows.grid)
-        tokens = partition(qkv, windows.size, windows.grid).to(dtype)
-        if self.inside is not None and pad is not None:
-            tokens = torch.where(self.inside[..., None], tokens, pad.to(dtype))
-        self.q, self.k, self.v = split_heads(
-            tokens.flatten(0, 1), 3, windows.num_heads, windows.head_first
-        )
+        self.q, self.k, self.v = self.cut(qkv, 3, windows.head_first, pad)
         self.bias = None if table is None else relative_bias(table.to(dtype), windows.size)
         self.hidden = None
-        if self.inside is not None and pad is None:
-            self.hidden = ~self.inside.repeat(len(qkv), 1)[:, None, None, :]
+        real = inside(qkv, windows.size, windows.grid) if pad is None else None
+        if real is not None:
+            self.hidden = ~real.repeat(len(qkv), 1)[:, None, None, :]
+
+    def cut(self, x: Tensor, parts: int, head_first: bool, pad: Tensor | None = None) -> Tensor:
+        """Heads `(parts, B * G, heads, N, D)` of a map `(B, H, W, parts * C)`, filled with pad."""
+        windows = self.windows
+        x = fill_windows(x, windows.size, pad)
+        heads = cut_heads(x, parts, windows.num_heads, windows.size, windows.grid, head_first)
+        return heads.to(accumulation_dtype(x.dtype))
 
     def blocks(self) -> Iterator[slice]:
         """Slices over the windows that bound the scores held at once."""
@@ -104,12 +108,16 @@ class _Tokens:
             scores.masked_fill_(self.hidden[block], float("-inf"))
         return scores
 
-    def merge(self, tokens: Tensor) -> Tensor:
-        """The map `(B, H, W, C)` of windows `(B * G, N, C)`."""
-        (batch, height, width), size = self.map_size, self.windows.size
-        rows, cols = cells(height, width, size)
-        tokens = tokens.reshape(batch, rows * cols, *tokens.shape[1:])
-        return merge(tokens, size, self.windows.grid, height, width)
+    def join(self, heads: Tensor, head_first: bool = False) -> Tensor:
+        """The map of heads `(parts, B * G, heads, N, D)`, with what continues it."""
+        (batch, height, width), (p, q) = self.map_size, self.windows.size
+        rows, cols = cells(height, width, (p, q))
+        size = (batch, rows * p, cols * q)
+        return join_heads(heads, size, (p, q), self.windows.grid, head_first)
+
+    def crop(self, x: Tensor) -> Tensor:
+        """The map `(B, H, W, C)`, contiguous, of one that `join` returns."""
+        return x[:, : self.map_size[1], : self.map_size[2]].contiguous()
 
 
 def _forward_pytorch(
@@ -117,16 +125,19 @@ def _forward_pytorch(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(qkv.device.type, enabled=False):
         tokens = _Tokens(qkv, table, pad, Windows(*args))
-        out = torch.empty(tokens.q.shape, dtype=tokens.q.dtype, device=qkv.device)
+        out = torch.empty_like(tokens.q)
         keeps_lse = tokens.windows.keys > ONE_TILE
-        lse = out.new_empty(out.shape[:3] if keeps_lse else 0)
+        lse = out.new_empty((*out.shape[:3], 1) if keeps_lse else 0)
         for block in tokens.blocks():
             scores = tokens.scores(block)
             if keeps_lse:
-                lse[block] = scores.logsumexp(dim=-1)
-            out[block] = scores.softmax(dim=-1) @ tokens.v[block]
-        merged = tokens.merge(pack_heads((out,), False)).to(qkv.dtype)
-        return merged, tokens.merge(lse.mT) if keeps_lse else lse
+                lse[block] = scores.logsumexp(dim=-1, keepdim=True)
+                attention = scores.sub_(lse[block]).exp_()
+            else:
+                attention = scores.softmax(dim=-1)
+            torch.matmul(attention, tokens.v[block], out=out[block])
+        merged = tokens.crop(tokens.join(out[None]).to(qkv.dtype))
+        return merged, tokens.crop(tokens.join(lse[None])) if keeps_lse else lse
 
 
 def _backward_pytorch(
@@ -142,37 +153,29 @@ def _backward_pytorch(
         windows = Windows(*args)
         tokens = _Tokens(qkv, table, pad, windows)
         q, k, v = tokens.q, tokens.k, tokens.v
-        grad = partition(grad, windows.size, windows.grid).to(q.dtype)
-        (g,) = split_heads(grad.flatten(0, 1), 1, windows.num_heads, False)
+        (g,) = tokens.cut(grad, 1, False)
 
-        dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+        grads = q.new_empty(3, *q.shape)
         pairs = q.new_zeros(q.shape[1], q.shape[2], q.shape[2])
         for block in tokens.blocks():
             attention = tokens.scores(block).softmax(dim=-1)
             da = g[block] @ v[block].mT
             ds = attention * (da - (attention * da).sum(dim=-1, keepdim=True))
-            dq[block], dk[block], dv[block] = (
-                ds @ k[block],
-                ds.mT @ q[block],
-                attention.mT @ g[block],
-            )
+            for part, product in enumerate(
+                (ds @ k[block], ds.mT @ q[block], attention.mT @ g[block])
+            ):
+                grads[part, block] = product
             pairs += ds.sum(0)
-        packed = pack_heads(
-            (dq.mul_(windows.scale), dk.mul_(windows.scale), dv), windows.head_first
-        )
+        grads[:2] *= windows.scale
+        joined = tokens.join(grads, windows.head_first)
         grad_table, grad_pad = _absent(qkv), _absent(qkv)
         if table is not None:
             grad_table = table_gradient(pairs, windows.size).to(table.dtype).contiguous()
         if pad is not None:
-            grad_pad = _pad_gradient(packed, tokens.inside).to(pad.dtype)
-        return tokens.merge(packed).to(qkv.dtype), grad_table, grad_pad
-
-
-def _pad_gradient(tokens: Tensor, real: Tensor | None) -> Tensor:
-    """Sum the gradients `(B * G, N, 3C)` of the tokens outside the map."""
-    if real is None:
-        return tokens.new_zeros(tokens.shape[-1])
-    return tokens.unflatten(0, (-1, len(real)))[:, ~real].sum((0, 1))
+            height, width = qkv.shape[1:3]
+            below, beside = joined[:, height:], joined[:, :height, width:]
+            grad_pad = (below.sum((0, 1, 2)) + beside.sum((0, 1, 2))).to(pad.dtype)
+        return tokens.crop(joined.to(qkv.dtype)), grad_table, grad_pad
 
 
 def _absent(qkv: Tensor) -> Tensor:
