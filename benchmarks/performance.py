@@ -118,7 +118,9 @@ def _bytes(results: Results) -> Iterator[str]:
     yield """\
 Most of these models wait for memory, so bytes say what times can at best be. Every operation is
 counted that a device runs in eager mode, in bfloat16: what it reads and writes, our kernels with
-their temporary sums and all passes over their inputs. Nothing is timed."""
+their temporary sums and all passes over their inputs. Depthwise convolutions of ours count as our
+kernels; a GPU that was not measured takes PyTorch's, which move what the file calls `plain`.
+Nothing is timed."""
     yield "![accuracy against bytes moved](accuracy-bytes.png)"
     yield "Inference; the ratio is that of the better of ours and ours after `fuse()`:"
     yield tables.traffic_table(rows, "forward")
