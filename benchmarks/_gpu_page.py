@@ -9,7 +9,8 @@ from benchmarks._models import PROVIDERS
 from benchmarks._page import code, image, markdown
 from benchmarks._results import Row
 
-_EXACT = ("model", "mode", "precision", "size", "batch")
+# what a comparison has in common
+EXACT = ("model", "mode", "precision", "size", "batch")
 
 
 def groups(rows: Iterable[Row], fields: Sequence[str]) -> list[list[Row]]:
@@ -46,7 +47,7 @@ def models_table(rows: Iterable[Row], mode: str, precision: str) -> str:
     chosen = [row for row in rows if (row["mode"], row["precision"]) == (mode, precision)]
     providers = [key for key in PROVIDERS if any(row["provider"] == key for row in chosen)]
     body = []
-    for group in groups(chosen, _EXACT):
+    for group in groups(chosen, EXACT):
         cells = [_cell([row for row in group if row["provider"] == key]) for key in providers]
         ratios = [speedup(group, graph) for graph in (False, True)]
         shown = [None if value is None else f"{value:.2f}" for value in ratios]
@@ -75,7 +76,7 @@ def peak_table(rows: Iterable[Row]) -> str:
     chosen = [row for row in rows if row["mode"] == "training" and "peak_mib" in row]
     names = ("ours", "peer", "ours compiled", "peer compiled")
     body = []
-    for group in groups(chosen, _EXACT):
+    for group in groups(chosen, EXACT):
         peaks = {row["provider"]: row["peak_mib"] for row in group}
         line = [code(group[0]), group[0]["precision"], image(group[0])]
         for ours, peer in (names[:2], names[2:]):

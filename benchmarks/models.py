@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from backbones import catalog
+from benchmarks._gpu_page import EXACT, groups, speedup
 from benchmarks._harness import environment, slug
-from benchmarks._models import PROVIDERS, Job, Row, measure, own_size, work
-from benchmarks._results import earlier, write
+from benchmarks._model_runs import measure
+from benchmarks._models import PROVIDERS, Job, own_size, work
+from benchmarks._results import Row, earlier, write
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = (
@@ -63,11 +65,15 @@ def select(patterns: Sequence[str]) -> list[str]:
     return [model.name for model in catalog.find_models(patterns)] if patterns else list(NAMES)
 
 
+def _label(row: Row) -> str:
+    height, width = row["size"]
+    return f"{row['model']} {row['mode']} {row['precision']} {row['batch']}x{height}x{width}"
+
+
 def show(row: Row) -> str:
     """Format a row for people."""
-    height, width = row["size"]
-    label = f"{row['model']} {row['mode']} {row['precision']} {row['batch']}x{height}x{width}"
-    label += f" {row['provider'].replace('peer', row['peer'])}{' graph' if row['graph'] else ''}"
+    provider = row["provider"].replace("peer", row["peer"])
+    label = f"{_label(row)} {provider}{' graph' if row['graph'] else ''}"
     if "error" in row:
         return f"{label}: {row['error']}"
     if "median_ms" not in row:
@@ -75,6 +81,15 @@ def show(row: Row) -> str:
     memory = f", {row['peak_mib']} MiB" if "peak_mib" in row else ""
     times = f"{row['median_ms']} ms ({row['p20_ms']} to {row['p80_ms']})"
     return f"{label}: {times}, {row['images_per_s']} images/s{memory}"
+
+
+def show_speedups(rows: Sequence[Row]) -> Iterator[str]:
+    """Lines that say how many times as fast as the peer ours is, the fastest way of each."""
+    for group in groups(rows, EXACT):
+        plain, graphs = (speedup(group, graph) for graph in (False, True))
+        if plain is not None:
+            line = f"{_label(group[0])}: {plain:.2f} times {group[0]['peer']}"
+            yield line if graphs is None else f"{line}, {graphs:.2f} with graphs"
 
 
 def _done(job: Job, rows: Sequence[Row]) -> bool:
@@ -102,6 +117,7 @@ def on_gpu(arguments: argparse.Namespace) -> int:
             write(path, head, rows)
         # after a fault of a kernel nothing runs in this process any more
         torch.cuda.synchronize()
+    print(*show_speedups(rows), sep="\n")
     if arguments.write:
         print(f"wrote {path}")
     return 0

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import _models, models
-from benchmarks._models import PROVIDERS, Job, measure, work
+from benchmarks import _model_runs, models
+from benchmarks._model_runs import measure
+from benchmarks._models import PROVIDERS, Job, pair, work
 
 INFERENCE = Job("shvit_s1", "ours", "inference", "fp32", (64, 96), 4)
 TRAINING = INFERENCE._replace(mode="training")
@@ -32,14 +33,14 @@ def test_providers_agree_with_the_reference(job):
     (row,) = measure(job, "cpu")
     assert "error" not in row
     assert row.items() >= {**job._asdict(), "size": [64, 96], "peer": "timm"}.items()
-    rounding = _models.TOLERANCE if job.precision == "fp32" else 0.5
+    rounding = _model_runs.TOLERANCE if job.precision == "fp32" else 0.5
     assert row["difference"] < rounding
     if job.precision == "bf16":
         assert row["difference"] > 1e-3
 
 
 def test_a_provider_that_is_wrong_is_not_timed(monkeypatch):
-    ours, peer = _models.pair("shvit_s1")
+    ours, peer = pair("shvit_s1")
     peer.head.l.bias.data += 0.1
     try:
         (row,) = measure(INFERENCE._replace(provider="peer"), "cpu")
@@ -55,8 +56,8 @@ def test_a_provider_that_cannot_is_a_row():
 
 
 def test_a_training_step_computes_all_gradients():
-    with _models._scope(TRAINING):
-        subject, _ = _models._subject(TRAINING, "cpu", PROVIDERS["ours"])
+    with _model_runs._scope(TRAINING):
+        subject, _ = _model_runs._subject(TRAINING, "cpu", PROVIDERS["ours"])
         grads = subject.step()
     assert [grad.shape for grad in grads] == [p.shape for p in subject.module.parameters()]
     assert all(grad.abs().sum() > 0 for grad in grads)
@@ -143,3 +144,4 @@ def test_rows_are_printed_for_people(gpu, capsys):
     times = "0.5 ms (0.5 to 0.5), 9.0 images/s"
     assert f"shvit_s1 inference bf16 128x224x224 ours fused graph: {times}" in lines
     assert f"shvit_s1 training bf16 128x224x224 timm compiled: {times}" in lines
+    assert "shvit_s1 training bf16 128x224x224: 1.00 times timm, 1.00 with graphs" in lines
