@@ -53,13 +53,30 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
         if not (isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()):
             check_rotary(rotary, x.shape[1], x.shape[2], x.shape[4])
     cos, sin = angles(rotary, x.shape[1], x.shape[2])
-    return turned(x, cos, sin).to(x.dtype)
+    if torch.jit.is_scripting():
+        return turned(x, cos, sin).to(x.dtype)
+    else:
+        turn = _turned_complex if _is_plain(x) else turned
+        return turn(x, cos, sin).to(x.dtype)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs of `x` `(..., D)` by cosines and sines `(..., D / 2)`."""
     a, b = x.unflatten(-1, [x.shape[-1] // 2, 2]).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def _turned_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same as a product of complex numbers, which a CPU computes several times as fast."""
+    a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.view_as_real(torch.complex(a, b) * torch.complex(cos, sin)).flatten(-2)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether `x` is computed on a CPU and now: compilers and exporters avoid complex numbers."""
+    if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu"
 
 
 def angles(rotary: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -46,10 +46,20 @@ def _phi(x: Tensor) -> Tensor:
     return x.clamp(max=0).exp() + x.relu()
 
 
-def _attend(
-    qkv: Tensor, rotary: Tensor, addend: Tensor | None, num_heads: int, gated: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output `(B, H, W, C)`, S over c, mu, and the scores of the tokens."""
+def _phi_(x: Tensor) -> Tensor:
+    """The same in place."""
+    positive = x.relu()
+    return x.clamp_(max=0).exp_().add_(positive)
+
+
+def rank_augmented_attention_reference(
+    qkv: Tensor,
+    rotary: Tensor,
+    num_heads: int,
+    addend: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """Compute `rank_augmented_attention` in plain, differentiable PyTorch."""
     q, k, v, *gate = split_heads(qkv, 3 + gated, num_heads)
     cos, sin = _pair_angles(rotary, qkv)
     fq, fk = _phi(q), _phi(k)
@@ -63,28 +73,66 @@ def _attend(
         out = out + split_heads(addend, 1, num_heads)[0]
     if gated:
         out = out * gate[0]
-    return pack_heads([out], qkv), torch.cat([matrix, vector], dim=-2), mean, scores
+    return pack_heads([out], qkv)
 
 
-def rank_augmented_attention_reference(
-    qkv: Tensor,
-    rotary: Tensor,
-    num_heads: int,
-    addend: Tensor | None = None,
-    gated: bool = False,
-) -> Tensor:
-    """Compute `rank_augmented_attention` in plain, differentiable PyTorch."""
-    return _attend(qkv, rotary, addend, num_heads, gated)[0]
+def _empty_results(
+    qkv: Tensor, num_heads: int, gated: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the output, S over c, mu, and the logsumexp of the scores."""
+    (*size, packed), dtype = qkv.shape, accumulation_dtype(qkv.dtype)
+    out = qkv.new_empty((*size, packed // (3 + gated)))
+    heads, dim = (qkv.shape[0], num_heads), out.shape[-1] // num_heads
+    state = qkv.new_empty((*heads, dim + 1, dim) if keep else 0, dtype=dtype)
+    mean = qkv.new_empty((*heads, dim) if keep else 0, dtype=dtype)
+    return out, state, mean, qkv.new_empty(heads if keep else 0, dtype=dtype)
 
 
 def _forward_pytorch(
     qkv: Tensor, rotary: Tensor, addend: Tensor | None, num_heads: int, gated: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, state, mean, lse = _empty_results(qkv, num_heads, gated, keep)
+    wide = out.to(state.dtype).flatten(1, 2).unflatten(-1, (num_heads, -1))
     with torch.autocast(qkv.device.type, enabled=False):
-        out, state, mean, scores = _attend(qkv, rotary, addend, num_heads, gated)
-        if not keep:
-            return out, state.new_empty(0), state.new_empty(0), state.new_empty(0)
-        return out, state, mean.squeeze(-2), scores.logsumexp(dim=(-2, -1))
+        turns = torch.complex(*_pair_angles(rotary, qkv))
+        tokens = qkv.flatten(1, 2).unflatten(-1, (3 + gated, num_heads, -1))
+        # one by one, so that an image stays in cache
+        for i in range(len(qkv)):
+            results = _attend_image(tokens[i], turns, wide[i])
+            if keep:
+                state[i], mean[i] = torch.cat(results[:2], dim=-2), results[2].squeeze(-2)
+                lse[i] = results[3].logsumexp(dim=(-2, -1))
+        if addend is not None:
+            wide.add_(addend.reshape(wide.shape))
+        if gated:
+            wide.mul_(tokens[:, :, 3])
+    return wide.view(out.shape).to(out.dtype), state, mean, lse
+
+
+def _attend_image(
+    tokens: Tensor, turns: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write to `out` `(N, heads, D)` what tokens `(N, 3 or 4, heads, D)` attend to.
+
+    Args:
+        tokens: Packed tokens of an image.
+        turns: The rotation of every pair of channels of every token, complex `(N, D / 2)`.
+        out: What is written, in the type of the sums.
+
+    Returns:
+        S, c, mu, and the scores of the tokens.
+    """
+    count, heads, dim = out.shape
+    both = out.new_empty(2, heads, count, dim).copy_(tokens[:, :2].permute(1, 2, 0, 3))
+    fq, fk = _phi_(both)
+    mean = fq.mean(dim=-2, keepdim=True)
+    scores = (fk @ mean.mT).mul_(dim**-0.5)
+    vector = fk.mul_(scores.softmax(dim=-2)).sum(dim=-2, keepdim=True)
+    den = (fq @ vector.mT).add_(EPS)
+    torch.view_as_complex(both.unflatten(-1, (-1, 2))).mul_(turns)
+    matrix = fk.mT @ tokens[:, 2].transpose(0, 1).to(out.dtype)
+    out.copy_((fq @ matrix).div_(den).transpose(0, 1))
+    return matrix, vector, mean, scores
 
 
 def _backward_pytorch(
@@ -154,12 +202,7 @@ _forward.register_kernel("mps")(_forward_pytorch)
 def _(
     qkv: Tensor, rotary: Tensor, addend: Tensor | None, num_heads: int, gated: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (*size, packed), dtype = qkv.shape, accumulation_dtype(qkv.dtype)
-    out = qkv.new_empty((*size, packed // (3 + gated)))
-    heads, dim = (qkv.shape[0], num_heads), out.shape[-1] // num_heads
-    state = qkv.new_empty((*heads, dim + 1, dim) if keep else 0, dtype=dtype)
-    mean = qkv.new_empty((*heads, dim) if keep else 0, dtype=dtype)
-    return out, state, mean, qkv.new_empty(heads if keep else 0, dtype=dtype)
+    return _empty_results(qkv, num_heads, gated, keep)
 
 
 @torch.library.custom_op(

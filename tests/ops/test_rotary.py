@@ -78,8 +78,9 @@ def test_scripts_and_traces():
         return apply_rotary(x, rotary_table(theta, 4))
 
     expected = function(x, theta)
-    assert torch.equal(torch.jit.script(function)(x, theta), expected)
-    assert torch.equal(torch.jit.trace(function, (x, theta))(x, theta), expected)
+    # products of complex numbers, which eager CPU code takes, round once less
+    torch.testing.assert_close(torch.jit.script(function)(x, theta), expected)
+    torch.testing.assert_close(torch.jit.trace(function, (x, theta))(x, theta), expected)
 
 
 @pytest.mark.parametrize(
