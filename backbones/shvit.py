@@ -120,7 +120,7 @@ class Block(nn.Module):
 class PatchMerging(nn.Module):
     """Halve the resolution by an inverted bottleneck with squeeze-excite.
 
-    After `fuse()` the depthwise convolution, its ReLU and the average are one op.
+    After `fuse()` the depthwise convolution, both ReLU and the average are one op.
 
     Args:
         dim: Input width.
@@ -144,11 +144,12 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, dim, H, W)`, return `(B, out_dim, ceil(H / 2), ceil(W / 2))`."""
-        x = self.act1(self.conv1(x))
+        x = self.conv1(x)
         if self.fused and not self.exportable:
-            x = self.se.forward_conv(x, self.conv2.weight, self.conv2.bias, 2, False, "relu")
+            conv = self.conv2
+            x = self.se.forward_conv(x, conv.weight, conv.bias, 2, False, "relu", "relu")
         else:
-            x = self.se(self.act2(self.conv2(x)))
+            x = self.se(self.act2(self.conv2(self.act1(x))))
         return self.conv3(x)
 
     @torch.no_grad()

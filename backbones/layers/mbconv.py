@@ -109,7 +109,7 @@ class MBConv(nn.Module):
     of the map, as TensorFlow's does; timm's TensorFlow models count the zeros that they pad with,
     and its other models have no odd maps.
 
-    After `fuse()` the depthwise convolution, its activation and the average are one op.
+    After `fuse()` the depthwise convolution, the activations around it and the average are one op.
 
     Args:
         in_chs: Input channels.
@@ -158,12 +158,14 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Take a map `(B, in_chs, H, W)`, return `(B, out_chs, ceil(H / s), ceil(W / s))`."""
         shortcut = self.shortcut(x)
-        x = self.norm1(self.conv1_1x1(self.pre_norm(x)))
+        x = self.conv1_1x1(self.pre_norm(x))
         if self.fused and not self.exportable:
+            # norm1 and norm2 are activations now
             conv = self.conv2_kxk
-            x = self.se.forward_conv(x, conv.weight, conv.bias, conv.stride[0], self.same, self.act)
+            stride, act = conv.stride[0], self.act
+            x = self.se.forward_conv(x, conv.weight, conv.bias, stride, self.same, act, act)
         else:
-            x = self.se(self.norm2(self.conv2_kxk(x)))
+            x = self.se(self.norm2(self.conv2_kxk(self.norm1(x))))
         return self.drop_path(self.conv3_1x1(x)) + shortcut
 
     @torch.no_grad()

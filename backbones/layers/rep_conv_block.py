@@ -79,7 +79,7 @@ class RepConvBlock(nn.Module):
         """The large kernel and squeeze-excite."""
         if self.fused:
             conv, channels_first = self.conv.rep.conv, x.permute(0, 3, 1, 2)
-            out = self.se.forward_conv(channels_first, conv.weight, conv.bias, 1, False, "")
+            out = self.se.forward_conv(channels_first, conv.weight, conv.bias, 1, False, "", "")
         else:
             out = self.se(self.conv(x).permute(0, 3, 1, 2))
         return out.permute(0, 2, 3, 1)

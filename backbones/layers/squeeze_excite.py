@@ -45,7 +45,14 @@ class SqueezeExcite(timm.layers.SqueezeExcite):
         self.exportable = is_exportable()
 
     def forward_conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, same: bool, act: str
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        same: bool,
+        act: str,
+        pre_act: str,
     ) -> Tensor:
         """Convolve depthwise, apply an activation, then scale channels as `forward` does.
 
@@ -55,12 +62,13 @@ class SqueezeExcite(timm.layers.SqueezeExcite):
             bias: Vector `(C,)`, or None.
             stride: 1, or 2 for kernels of 3.
             same: Pad as TensorFlow's "same" does, with stride 2.
-            act: Activation by name, see `ops.depthwise_conv`.
+            act: Activation behind the convolution by name, see `ops.depthwise_conv`.
+            pre_act: Activation before it.
 
         Returns:
             A map `(B, C, ceil(H / stride), ceil(W / stride))`.
         """
-        maps, options = x.permute(0, 2, 3, 1), (stride, same, act)
+        maps, options = x.permute(0, 2, 3, 1), (stride, same, act, False, pre_act)
         if self.exportable:
             y, mean = depthwise_conv_mean_reference(maps, weight, bias, *options)
         else:

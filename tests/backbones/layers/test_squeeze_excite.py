@@ -19,7 +19,7 @@ class Layers(nn.Module):
         self.load_state_dict(golden.fill_model(self))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.se.forward_conv(x, self.conv.weight, self.conv.bias, 1, False, "")
+        return self.se.forward_conv(x, self.conv.weight, self.conv.bias, 1, False, "", "")
 
 
 @pytest.mark.parametrize("exportable", [False, True])
