@@ -101,7 +101,7 @@ class Traffic(TorchDispatchMode):
         self._stack: list[str] = [""]
         # the module that noted nodes of autograd, from each sequence number on
         self._numbers, self._paths = [0], [""]
-        # within one of our ops: its name, kernels and bytes so far
+        # within one of our ops: its kernels and bytes so far
         self._inside: list[int] | None = None
 
     def __enter__(self) -> Traffic:
@@ -147,7 +147,12 @@ class Traffic(TorchDispatchMode):
             return self._ours(func, name, args, kwargs)
         out = func(*args, **kwargs)
         if not func.is_view and not _FREE.match(name):
-            self._add(func, name, 1, _bytes(name, args, kwargs, out), args)
+            kernels, moved = 1, _bytes(name, args, kwargs, out)
+            if name == "aten::convolution_backward":
+                # a kernel for each gradient, and all read that of the output
+                kernels = sum(args[-1])
+                moved += (kernels - 1) * tensor_bytes(args[0])
+            self._add(name, kernels, moved, args)
         return out
 
     def _ours(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -166,10 +171,10 @@ class Traffic(TorchDispatchMode):
             moved = self._inside[1] + sum(launch_bytes(launch) for launch in launches)
         finally:
             self._inside = None
-        self._add(func, name, kernels, moved, args)
+        self._add(name, kernels, moved, args)
         return func(*args, **kwargs)
 
-    def _add(self, func: Any, name: str, kernels: int, moved: int, args: Any) -> None:
+    def _add(self, name: str, kernels: int, moved: int, args: Any) -> None:
         if self._inside is not None:
             self._inside[0] += kernels
             self._inside[1] += moved

@@ -140,7 +140,8 @@ def summary(moved: Sequence[Moved], part: Part) -> Row:
 
 def rows(name: str) -> list[Row]:
     """Count our model, our fused model and the peer: a row per image size and mode."""
-    ours, peer = (model.bfloat16() for model in pair(name, device="meta"))
+    models: Iterable[Any] = pair(name, device="meta")
+    ours, peer = (model.bfloat16() for model in models)
     part, found = ATTENTION[family(ours)], []
     fused = copy.deepcopy(ours).fuse()
     own = ours.default_cfg["input_size"][1:]

@@ -100,6 +100,18 @@ def test_depthwise_convolutions_count_by_either_implementation():
     assert counts == [2, 7]
 
 
+def test_gradients_of_convolutions_are_a_kernel_each():
+    x = map_of(64, grad=True).permute(0, 3, 1, 2)
+    weight = torch.empty(64, 64, 1, 1, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with Traffic() as traffic:
+        y = F.conv2d(x, weight)
+        y.backward(torch.empty_like(y))
+    (back,) = (m for m in traffic.moved if m.name == "aten::convolution_backward")
+    # as a product of matrices and its gradients would
+    assert (back.kernels, back.bytes) == (2, 4 * MAP + 2 * 2 * 64 * 64)
+    assert back.projection
+
+
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
