@@ -27,9 +27,10 @@ class AffineScale(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim, **dd))
 
     def forward(self, x: Tensor, addend: Tensor) -> Tensor:
-        """Take maps `(B, H, W, dim)`, return `weight * x + bias + addend`."""
-        scaled = x * self.weight + addend
-        return scaled if self.bias is None else scaled + self.bias
+        """Take a map `(B, H, W, dim)`, return `weight * x + bias + addend`."""
+        if self.bias is not None:
+            addend = addend + self.bias
+        return torch.addcmul(addend, x, self.weight)
 
     @torch.no_grad()
     def fold_bias(self, layer: nn.Linear) -> None:

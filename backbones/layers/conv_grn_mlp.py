@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .global_response_norm import GlobalResponseNorm
@@ -31,3 +32,9 @@ class ConvGrnMlp(nn.Module):
         """Take and return a map `(B, H, W, dim)`."""
         x, conv = self.fc1(x), self.dwconv
         return self.fc2(self.grn.forward_conv(x, conv.weight, conv.bias, True, "gelu"))
+
+    @torch.no_grad()
+    def fuse(self) -> ConvGrnMlp:
+        """Fold the shift of the response norm into the last layer; return the network."""
+        self.grn.fold_bias(self.fc2)
+        return self

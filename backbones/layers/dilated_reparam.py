@@ -209,8 +209,15 @@ class DilatedReparamConv(DepthwiseNorm):
         if reparam:
             self.reparameterize()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Take and return a map `(B, H, W, dim)`.
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Convolve a map.
+
+        Args:
+            x: Map `(B, H, W, dim)`.
+            addend: Map to add to the result, or None.
+
+        Returns:
+            A map like `x`.
 
         Raises:
             ValueError: In training, if there is one value per channel.
@@ -220,8 +227,8 @@ class DilatedReparamConv(DepthwiseNorm):
         else:
             weight, bias = self._merge(x)
         if self.exportable:
-            return depthwise_conv_reference(x, weight, bias)
-        return depthwise_conv(x, weight, bias)
+            return depthwise_conv_reference(x, weight, bias, addend)
+        return depthwise_conv(x, weight, bias, addend)
 
     def _merge(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Kernels and bias of the sum, with the statistics that the norms now go by."""

@@ -145,8 +145,9 @@ class FocusBlock(nn.Module):
         if self.context_scale is None or self.prior_scale is None:
             return x
         features, context = x.split(self.dims, -1)
-        scaled = prior * self.prior_scale.weight + self.prior_scale.bias
-        return torch.cat([features, self.context_scale(context, scaled)], -1)
+        shift = self.prior_scale(prior, self.context_scale.bias)
+        mixed = torch.addcmul(shift, context, self.context_scale.weight)
+        return torch.cat([features, mixed], -1)
 
     @torch.no_grad()
     def fuse(self) -> FocusBlock:

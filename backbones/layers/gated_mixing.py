@@ -71,7 +71,7 @@ class GatedMixing(nn.Module):
         Returns:
             A map `(B, H, W, out_dim)`.
         """
-        z = self.out(self.mixing(x, context, y)) + self.lepe(y)
+        z = self.lepe(y, self.out(self.mixing(x, context, y)))
         z = self.se(z.permute(0, 3, 1, 2)) * F.silu(self.gate(y)).permute(0, 3, 1, 2)
         return self.proj(self.norm(z).permute(0, 2, 3, 1))
 

@@ -22,6 +22,8 @@ class LargeKernelConv(nn.Module):
         dtype: Their type.
     """
 
+    __constants__ = ("fused",)
+
     # torch.jit.script stumbles over annotations of a module class
     if TYPE_CHECKING:
         bn: nn.Module
@@ -35,12 +37,16 @@ class LargeKernelConv(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        self.fused = False
         self.rep = DilatedReparamConv(dim, kernel_size, reparam, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Take and return a map `(B, H, W, dim)`."""
-        return self.bn(self.rep(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Take and return a map `(B, H, W, dim)`, with another added to the result."""
+        if self.fused:
+            return self.rep(x, addend)
+        y = self.bn(self.rep(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return y if addend is None else y + addend
 
     @torch.no_grad()
     def fuse(self) -> LargeKernelConv:
@@ -48,7 +54,7 @@ class LargeKernelConv(nn.Module):
         if isinstance(self.bn, nn.BatchNorm2d):
             conv = self.rep.reparameterize().conv
             fold_output(conv, *batch_norm_affine(self.bn))
-            self.bn = nn.Identity()
+            self.bn, self.fused = nn.Identity(), True
         return self
 
 

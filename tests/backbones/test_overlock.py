@@ -182,6 +182,9 @@ def test_fuse_merges_too():
     assert model.fuse() is model
     assert relative_error(model(x), expected) < 1e-11
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    # that of a fusion is read by a convolution, whose border would show
+    norms = {n: m.bias for n, m in model.named_modules() if n.endswith(".grn")}
+    assert {n for n, bias in norms.items() if bias is None} == {n for n in norms if "mlp" in n}
 
 
 @torch.no_grad()
