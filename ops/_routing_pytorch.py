@@ -100,11 +100,12 @@ def _attend_gathered(
     index = (first[:, None, None] + chosen).flatten(0, 1)
     out = torch.empty_like(q)
     step = max(1, _BLOCK // (2 * chosen.shape[1] * q.shape[1]))
-    for some, into, keys in zip(q.split(step), out.split(step), index.split(step), strict=True):
-        parts = (part.index_select(0, keys.flatten()) for part in (k, v))
-        # (1, block, t, D), and (1, block, K * t, D) of keys and values
-        heads = (part.view(1, len(some), -1, image.shape[-1]) for part in (some, *parts))
-        into.copy_(F.scaled_dot_product_attention(*heads, scale=scale).view_as(into))
+    for some, into, rows in zip(q.split(step), out.split(step), index.split(step), strict=True):
+        # regions as heads: (1, block, t, D), and (1, block, K * t, D) of keys and values
+        block = (1, len(some), -1, image.shape[-1])
+        keys, values = (part.index_select(0, rows.flatten()).view(block) for part in (k, v))
+        y = F.scaled_dot_product_attention(some.view(block), keys, values, scale=scale)
+        into.copy_(y.view_as(into))
     out = out.view(num_heads, at.rows, at.cols, at.height, at.width, -1)
     return out.permute(1, 3, 2, 4, 0, 5).reshape(at.rows * at.height, at.cols * at.width, -1)
 
