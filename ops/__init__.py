@@ -5,6 +5,7 @@ Every op is one function, registered with `torch.library`: it works in eager mod
 `use_reference()` for a block, calls the plain PyTorch functions instead.
 """
 
+from ._activations import gelu_tanh
 from ._common import reference_in_use, use_reference
 from ._depthwise import embed_dilated
 from ._rotary import apply_rotary, rotary_table
@@ -54,6 +55,7 @@ __all__ = [
     "dynamic_mixing_reference",
     "embed_dilated",
     "fvcore_handles",
+    "gelu_tanh",
     "linear_attention",
     "linear_attention_reference",
     "na2d_av",

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._activations import activate, activation_grad
+from ._activations import activate, activation_grad, gelu_tanh
 from ._common import accumulation_dtype
 from ._depthwise import Fused, Window
 
@@ -103,7 +103,9 @@ def forward(
     mean: str,
 ) -> tuple[Tensor, Tensor]:
     """Compute the result `(B, H', W', C)`, and what `average` makes of it; nothing for ""."""
-    y = activate(convolve(x, weight, bias, addend, at, fused), fused.act).contiguous()
+    y = convolve(x, weight, bias, addend, at, fused)
+    y = gelu_tanh(y, inplace=True) if fused.act == "gelu_tanh" else activate(y, fused.act)
+    y = y.contiguous()
     return y, average(y, mean) if mean else y.new_empty(0)
 
 

@@ -10,6 +10,7 @@ from timm.layers import BatchNormAct2d, DropPath, is_exportable
 from torch import Tensor, nn
 
 from .fold import batch_norm_affine, fold_input, fold_norm_act
+from .gelu_tanh import GeluTanh
 from .squeeze_excite import SqueezeExcite
 from .strided import AvgPool2dCeil, StridedConv2d
 
@@ -24,11 +25,8 @@ def batch_norm_act(dim: int, tensorflow: bool, act: bool = True, **dd: Any) -> B
         **dd: Device and type.
     """
     eps = 1e-3 if tensorflow else 1e-5
-    return BatchNormAct2d(dim, eps=eps, apply_act=act, act_layer=_activation(tensorflow), **dd)
-
-
-def _activation(tensorflow: bool) -> str:
-    return "gelu_tanh" if tensorflow else "silu"
+    layer = GeluTanh if tensorflow else nn.SiLU
+    return BatchNormAct2d(dim, eps=eps, apply_act=act, act_layer=layer, **dd)
 
 
 def strided_conv(
@@ -138,7 +136,7 @@ class MBConv(nn.Module):
         mid_chs = 4 * (out_chs if tensorflow else in_chs)
         squeezed = out_chs // 4 if tensorflow else mid_chs // 16
         self.exportable, self.fused = is_exportable(), False
-        self.same, self.act = tensorflow and stride == 2, _activation(tensorflow)
+        self.same, self.act = tensorflow and stride == 2, "gelu_tanh" if tensorflow else "silu"
         self.shortcut = (
             PoolShortcut(in_chs, out_chs, tensorflow, **dd) if stride == 2 else nn.Identity()
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from backbones.ops import window_attention, window_attention_reference
 
 from .fold import fold_layer_norm, fold_layer_scale
+from .gelu_tanh import GeluTanh
 from .relative_position import (
     RelativePositionBias,
     RelativePositionBiasTf,
@@ -88,7 +89,7 @@ class PartitionAttention(nn.Module):
 def norm_and_act(style: str) -> tuple[Callable[..., nn.LayerNorm], Callable[..., nn.Module]]:
     """LayerNorm and activation of a style, with their eps and approximation."""
     if style == "tf":
-        return partial(LayerNorm, eps=1e-5), partial(nn.GELU, approximate="tanh")
+        return partial(LayerNorm, eps=1e-5), GeluTanh
     return partial(LayerNorm, eps=1e-6), nn.GELU
 
 
