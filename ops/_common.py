@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +45,21 @@ def reference_in_use() -> bool:
     return _reference or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
 
 
+def runs_at_once(x: Tensor) -> bool:
+    """Whether an op may compute `x` on a CPU without the dispatcher, whose cost is that of a layer.
+
+    Only where nothing is to see the op: no gradient, compiler, trace, mode or subclass of tensors.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and type(x) is Tensor
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast `tensors` to the autocast type of their device where autocast is on; None stays None.
 
@@ -58,6 +73,13 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors)
+
+
+def outside_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context without autocast on the device of `x`; one that costs nothing where it is off."""
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def kernels(op: str, tensor: Tensor) -> ModuleType:

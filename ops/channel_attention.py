@@ -23,7 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._common import accumulation_dtype, autocast, kernels, reference_in_use
+from ._common import (
+    accumulation_dtype,
+    autocast,
+    kernels,
+    outside_autocast,
+    reference_in_use,
+    runs_at_once,
+)
 from ._heads import pack_heads, split_heads
 
 
@@ -68,7 +75,7 @@ def channel_attention_reference(
 def _forward_pytorch(
     qkv: Tensor, num_heads: int, mix_values: bool, scale: float | None, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(qkv.device.type, enabled=False):
+    with outside_autocast(qkv):
         a, b, m = _split(qkv, num_heads, mix_values)
         weights = a.new_empty((*a.shape[:2], a.shape[3], a.shape[3]))
         out = a.new_empty((len(a), a.shape[2], *a.shape[1::2]))
@@ -90,7 +97,7 @@ def _backward_pytorch(
     mix_values: bool,
     scale: float | None,
 ) -> Tensor:
-    with torch.autocast(qkv.device.type, enabled=False):
+    with outside_autocast(qkv):
         a, b, m = _split(qkv, num_heads, mix_values)
         (g,) = split_heads(grad, 1, num_heads)
         da = g.mT @ m
@@ -247,5 +254,7 @@ def _dispatch(qkv: Tensor, num_heads: int, mix_values: bool, scale: float | None
             keep = torch.is_grad_enabled() and qkv.requires_grad
         if reference_in_use():
             return channel_attention_reference(qkv, num_heads, mix_values, scale)
+        if runs_at_once(qkv):
+            return _forward_pytorch(qkv, num_heads, mix_values, scale, False)[0]
     # through the packet, which torch.fx records; a call of the Python object it would not
     return torch.ops.backbones.channel_attention(qkv, num_heads, mix_values, scale, keep)[0]

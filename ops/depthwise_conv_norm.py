@@ -21,7 +21,7 @@ from torch import Tensor
 from . import _depthwise_pytorch as pytorch
 from . import depthwise_conv as _depthwise_conv  # noqa: F401  registers the backward op
 from ._choice import implementation
-from ._common import accumulation_dtype, reference_in_use
+from ._common import accumulation_dtype, outside_autocast, reference_in_use, runs_at_once
 from ._depthwise import Fused, Window, cast_all, check_conv
 
 
@@ -56,7 +56,7 @@ def _forward(
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     at, fused = Window(weight.shape[-1]), Fused(residual)
-    with torch.autocast(x.device.type, enabled=False):
+    with outside_autocast(x):
         run = implementation("norm", x, at.size, 1)
         return run.forward_norm(x, weight, bias, norm_weight, norm_bias, eps, at, fused)
 
@@ -218,6 +218,14 @@ def _dispatch(
             return depthwise_conv_norm_reference(
                 x, weight, bias, norm_weight, norm_bias, eps, residual
             )
+        if runs_at_once(x):
+            at, fused = Window(weight.shape[-1]), Fused(residual)
+            with outside_autocast(x):
+                run = implementation("norm", x, at.size, 1)
+                y, normed, _ = run.forward_norm(
+                    x, weight, bias, norm_weight, norm_bias, eps, at, fused
+                )
+                return y, normed
     # through the packet, which torch.fx records; a call of the Python object it would not
     y, normed, _ = torch.ops.backbones.depthwise_conv_norm(
         x, weight, bias, norm_weight, norm_bias, eps, residual

@@ -19,7 +19,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._common import accumulation_dtype, autocast, kernels, reference_in_use
+from ._common import (
+    accumulation_dtype,
+    autocast,
+    kernels,
+    outside_autocast,
+    reference_in_use,
+    runs_at_once,
+)
 
 # scores held at once, per block of queries: 4 MB in float32, so that large maps stay in cache
 _BLOCK_SCORES = 1 << 20
@@ -39,7 +46,7 @@ def partial_attention_reference(
 def _tokens(qkv: Tensor, qk_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split a packed `(B, H, W, 2D + P)` map into q, k `(B, N, D)` and v `(B, N, P)`."""
     tokens = qkv.flatten(1, 2).to(accumulation_dtype(qkv.dtype))
-    q, k, v = tokens.split([qk_dim, qk_dim, tokens.shape[-1] - 2 * qk_dim], dim=-1)
+    q, k, v = tokens.split_with_sizes([qk_dim, qk_dim, tokens.shape[-1] - 2 * qk_dim], dim=-1)
     return q, k, v
 
 
@@ -51,26 +58,28 @@ def _query_blocks(q: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def _forward_pytorch(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> tuple[Tensor, Tensor]:
-    with torch.autocast(qkv.device.type, enabled=False):
+def _forward_pytorch(
+    qkv: Tensor, x: Tensor, qk_dim: int, scale: float, keep: bool = True
+) -> tuple[Tensor, Tensor]:
+    with outside_autocast(qkv):
         q, k, v = _tokens(qkv, qk_dim)
-        out, lse = x.new_empty(x.shape), q.new_empty(x.shape[:3])
-        tokens, rows_lse = out.flatten(1, 2), lse.flatten(1, 2)[..., None]
+        value_dim, out = v.shape[-1], x.new_empty(x.shape)
+        lse = q.new_empty(x.shape[:3] if keep else (0,))
         for rows in _query_blocks(q):
-            scores = (q[:, rows] @ k.transpose(1, 2)).mul_(scale)
-            top = scores.amax(dim=-1, keepdim=True)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(dim=-1, keepdim=True)
-            rows_lse[:, rows] = top + total.log()
-            tokens[:, rows, : v.shape[-1]] = (weights @ v).div_(total)
-        out[..., v.shape[-1] :] = x[..., v.shape[-1] :]
-        return out.relu_(), lse
+            scores = torch.bmm(q[:, rows], k.mT).mul_(scale)
+            # not softmax: the result must not depend on what is kept
+            logs = scores.log_softmax(dim=-1)
+            if keep:
+                lse.flatten(1)[:, rows] = scores[..., 0] - logs[..., 0]
+            out.flatten(1, 2)[:, rows, :value_dim] = torch.bmm(logs.exp_(), v).relu_()
+        torch.clamp_min(x[..., value_dim:], 0, out=out[..., value_dim:])
+        return out, lse
 
 
 def _backward_pytorch(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, qk_dim: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(qkv.device.type, enabled=False):
+    with outside_autocast(qkv):
         q, k, v = _tokens(qkv, qk_dim)
         value_dim, rows_lse = v.shape[-1], lse.flatten(1, 2)[..., None]
         grad_x = torch.where(out > 0, grad, 0)
@@ -209,5 +218,7 @@ def _dispatch(qkv: Tensor, x: Tensor, qk_dim: int, scale: float) -> Tensor:
             _validate(qkv, x, qk_dim)
         if reference_in_use():
             return partial_attention_reference(qkv, x, qk_dim, scale)
+        if runs_at_once(qkv):
+            return _forward_pytorch(qkv, x, qk_dim, scale, keep=False)[0]
     # through the packet, which torch.fx records; a call of the Python object it would not
     return torch.ops.backbones.partial_attention(qkv, x, qk_dim, scale)[0]
