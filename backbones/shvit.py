@@ -32,6 +32,7 @@ from ._backbone import Backbone
 from ._builder import build_model, generate_cfgs
 from ._registry import register_model
 from .layers import ConvNorm, NormLinear, Residual, SqueezeExcite
+from .layers.channel_slice import with_slice
 
 __all__ = ["SHViT"]
 
@@ -82,7 +83,11 @@ class SingleHeadAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take and return a map `(B, dim, H, W)`."""
-        qkv = self.qkv(self.pre_norm(x[:, : self.partial_dim]))
+        if self.exportable:
+            attended = x[:, : self.partial_dim]
+        else:
+            x, attended = with_slice(x, 1, 0, self.partial_dim)
+        qkv = self.qkv(self.pre_norm(attended))
         qkv, x = qkv.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
         if self.exportable:
             x = partial_attention_reference(qkv, x, self.qk_dim)

@@ -21,6 +21,7 @@ from backbones.ops import (
     rank_augmented_attention_reference,
 )
 
+from .channel_slice import with_slice
 from .fold import fold_layer_norm
 from .lepe_attention import lepe
 from .rotary import RotaryPosition
@@ -112,9 +113,11 @@ class RankAugmentedAttention(GatedRotaryAttention):
 
     def attend(self, qkvg: Tensor, rotary: Tensor) -> Tensor:
         """Take queries, keys, values and gate `(B, H, W, 4 * dim)`, return `(B, H, W, dim)`."""
-        local = self.enhance(qkvg[..., 2 * self.dim : 3 * self.dim], None)
         if self.exportable:
+            local = self.enhance(qkvg[..., 2 * self.dim : 3 * self.dim], None)
             return rank_augmented_attention_reference(qkvg, rotary, self.num_heads, local, True)
+        qkvg, v = with_slice(qkvg, 3, 2 * self.dim, self.dim)
+        local = self.enhance(v, None)
         return rank_augmented_attention(qkvg, rotary, self.num_heads, local, True)
 
     @torch.jit.ignore

@@ -19,6 +19,7 @@ from backbones.ops import (
     routing_attention_reference,
 )
 
+from .channel_slice import with_slice
 from .fold import fold_layer_norm
 from .lepe_attention import lepe
 
@@ -66,12 +67,6 @@ def _layout(
     return (rows, cols), (h, w), edge
 
 
-def _values(qkv: Tensor, pad: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The values of packed tokens, and of `pad`."""
-    start = qkv.shape[3] // 3 * 2
-    return qkv[..., start:], None if pad is None else pad[start:]
-
-
 # a trace would keep the sizes of regions that it saw
 @torch.jit.script_if_tracing
 def _attend_ops(
@@ -86,8 +81,10 @@ def _attend_ops(
     """Attend to the best regions, and add the LEPE of the values, by registered ops."""
     count, size, edge = _layout(qkv, pad, n_win, lepe_weight.shape[3] // 2)
     regions = route_regions(qkv, topk, count, size, pad)
+    start = qkv.shape[3] // 3 * 2
+    qkv, v = with_slice(qkv, 3, start, qkv.shape[3] - start)
     x = routing_attention(qkv, regions, num_heads, count, size, pad)
-    v, border = _values(qkv, pad)
+    border = None if pad is None else pad[start:]
     return depthwise_conv(v, lepe_weight, lepe_bias, x, border=border, border_size=edge)
 
 
@@ -104,7 +101,8 @@ def _attend_reference(
     count, size, edge = _layout(qkv, pad, n_win, lepe_weight.shape[3] // 2)
     regions = route_regions_reference(qkv, topk, count, size, pad)
     x = routing_attention_reference(qkv, regions, num_heads, count, size, pad)
-    v, border = _values(qkv, pad)
+    start = qkv.shape[3] // 3 * 2
+    v, border = qkv[..., start:], None if pad is None else pad[start:]
     return depthwise_conv_reference(v, lepe_weight, lepe_bias, x, border=border, border_size=edge)
 
 
