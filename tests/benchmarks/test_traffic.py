@@ -1,5 +1,7 @@
 """Bytes counted on meta tensors, by hand where that is possible."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,3 +182,15 @@ def test_a_model_takes_our_kernels_and_attends_in_few_bytes():
     row["timm"]["attention without projections"] = [1, 0.1]
     assert len(traffic.too_much([row])) == 1
     assert "timm" in traffic.table([row], kinds=True)
+
+
+def test_what_is_committed_covers_all_models_and_is_within_the_target():
+    rows = json.loads(traffic.RESULTS.read_text())["rows"]
+    assert {(row["model"], row["batch"], row["mode"]) for row in rows} == {
+        (model, batch, mode)
+        for model in traffic.MODELS
+        for batch in (128, 2)
+        for mode in ("forward", "training")
+    }
+    # at the size of its training SHViT attends to 16 tokens: what is left are maps to and from it
+    assert all(line.startswith("shvit_s") for line in traffic.too_much(rows))
