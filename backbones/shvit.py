@@ -48,7 +48,7 @@ class FeedForward(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.pw1 = ConvNorm(dim, 2 * dim, **dd)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.pw2 = ConvNorm(2 * dim, dim, gamma=0.0, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,10 +140,10 @@ class PatchMerging(nn.Module):
         hidden = 4 * dim
         self.exportable, self.fused = is_exportable(), False
         self.conv1 = ConvNorm(dim, hidden, **dd)
-        self.act1 = nn.ReLU()
+        self.act1 = nn.ReLU(inplace=True)
         # a plain convolution after fuse()
         self.conv2: Any = ConvNorm(hidden, hidden, 3, stride=2, groups=hidden, **dd)
-        self.act2 = nn.ReLU()
+        self.act2 = nn.ReLU(inplace=True)
         self.se = SqueezeExcite(hidden, 0.25, **dd)
         self.conv3 = ConvNorm(hidden, out_dim, **dd)
 
@@ -253,7 +253,7 @@ class SHViT(Backbone):
         stem = [in_chans, *(embed_dim[0] // divisor for divisor in (8, 4, 2, 1))]
         layers: list[nn.Module] = []
         for in_dim, out_dim in itertools.pairwise(stem):
-            layers += [ConvNorm(in_dim, out_dim, 3, stride=2, **dd), nn.ReLU()]
+            layers += [ConvNorm(in_dim, out_dim, 3, stride=2, **dd), nn.ReLU(inplace=True)]
         self.patch_embed = nn.Sequential(*layers[:-1])
 
         stages, self.feature_info, in_dim = [], [], embed_dim[0]
