@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import accumulation_dtype, autocast, kernels, reference_in_use
+from ._common import accumulation_dtype, autocast, kernels, reference_in_use, runs_at_once
 from ._heads import pack_heads, split_heads
 
 
@@ -238,5 +238,7 @@ def _dispatch(qkv: Tensor, temperature: Tensor, min_denominator: float) -> Tenso
             keep = torch.is_grad_enabled() and (qkv.requires_grad or temperature.requires_grad)
         if reference_in_use():
             return linear_attention_reference(qkv, temperature, min_denominator)
+        if runs_at_once(qkv):
+            return _forward_pytorch(qkv, temperature, min_denominator, False)[0]
     # through the packet, which torch.fx records; a call of the Python object it would not
     return torch.ops.backbones.linear_attention(qkv, temperature, min_denominator, keep)[0]
