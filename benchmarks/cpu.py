@@ -5,11 +5,12 @@
     python benchmarks/cpu.py --write                      also benchmarks/results/cpu.json
 
 Inference in float32 on images of the model's own size. Ours is timed as it is created and after
-`fuse()`, the peer (`benchmarks/official`) in PyTorch's default layout and in channels-last; all
-have the same weights, and outputs are compared first. They take turns, and a ratio is the median
-time of the peer, in the layout that suits it, over that of ours: above 1 ours is faster. With
-`_best` it is of the shortest times, which say more on a busy machine. The spread of a way is its
-upper over its lower quartile. Compare only numbers of one row.
+`fuse()`, the peer (`benchmarks/official`) as it is created and after its own `fuse()` if it has
+one; all have the same weights, and outputs are compared first. Each is in the layout of weights and
+images in which it is faster, by a short trial. They take turns. `ours` is the median time of the
+peer over that of ours, `fused` that of the faster peer over that of ours after `fuse()`: above 1
+ours is faster. With `_best` it is of the shortest times, which say more on a busy machine. The
+spread of a way is its upper over its lower quartile. Compare only numbers of one row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks._cpu import Row, Ways, processor, times_in_turns, write
+from benchmarks._cpu import Row, Ways, best_times, processor, times_in_turns, write
 from benchmarks.official import kind, pair
 from tests.support import golden
 
@@ -57,7 +59,8 @@ def create(name: str) -> tuple[str, dict[str, nn.Module]]:
         name: Of our model.
 
     Returns:
-        What the peer is, and the models: `ours`, `fused`, and the peer in each of `FORMATS`.
+        What the peer is, and the models: `ours`, `fused`, `peer`, and `peer_fused` if the peer can
+        be fused.
     """
     torch.manual_seed(0)
     ours, peer = pair(name)
@@ -65,16 +68,16 @@ def create(name: str) -> tuple[str, dict[str, nn.Module]]:
     weights = {k: lively[k] if v.ndim == 1 else v for k, v in ours.state_dict().items()}
     for model in (ours, peer):
         model.load_state_dict(weights)
-    models = {"ours": ours, "fused": copy.deepcopy(ours).fuse()}
-    models |= {key: copy.deepcopy(peer).to(memory_format=it) for key, it in FORMATS.items()}
+    models = {"ours": ours, "fused": _fused(ours), "peer": peer}
+    if hasattr(peer, "fuse"):
+        models["peer_fused"] = _fused(peer)
     return kind(ours), models
 
 
-def images(ours: nn.Module, batch: int) -> dict[str, Tensor]:
-    """Images for each of the models, of the size that ours has its weights for."""
-    x = torch.randn(batch, *ours.pretrained_cfg["input_size"])
-    layouts = {key: x.contiguous(memory_format=it) for key, it in FORMATS.items()}
-    return {"ours": x, "fused": x, **layouts}
+def _fused(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    # timm's returns nothing
+    return model.fuse() or model
 
 
 def difference(outputs: Mapping[str, Tensor]) -> float:
@@ -85,15 +88,44 @@ def difference(outputs: Mapping[str, Tensor]) -> float:
     return (worst / ours.abs().max()).item()
 
 
+def in_layouts(
+    models: Mapping[str, nn.Module], x: Tensor, seconds: float
+) -> tuple[Ways, dict[str, str]]:
+    """Put each model into the layout in which it is faster.
+
+    Args:
+        models: As `create` returns them; their weights are laid out anew.
+        x: Images.
+        seconds: How long to try each.
+
+    Returns:
+        What runs each model, and the layout of each.
+    """
+    chosen, layouts = {}, {}
+    for name, model in models.items():
+        ways: Ways = {
+            layout: _way(copy.deepcopy(model), x, order) for layout, order in FORMATS.items()
+        }
+        times = best_times(ways, seconds)
+        layouts[name] = min(times, key=times.__getitem__)
+        chosen[name] = _way(model, x, FORMATS[layouts[name]])
+    return chosen, layouts
+
+
+def _way(model: nn.Module, x: Tensor, order: torch.memory_format) -> Callable[[], Tensor]:
+    model.to(memory_format=order)
+    images = x.contiguous(memory_format=order)
+    return lambda: model(images)
+
+
 def summary(times: Mapping[str, Sequence[float]]) -> Row:
     """Ratios of the medians of times, and the spread of each way."""
-    median = {name: statistics.median(values) for name, values in times.items()}
-    layout = min(FORMATS, key=median.__getitem__)
-    row: Row = {key: round(median[layout] / median[key], 3) for key in ("ours", "fused")}
-    best = {name: min(values) for name, values in times.items()}
-    peer = min(best[layout] for layout in FORMATS)
-    row |= {f"{key}_best": round(peer / best[key], 3) for key in ("ours", "fused")}
-    row |= {"peer_layout": layout, "turns": len(times["ours"])}
+    row: Row = {}
+    for suffix, typical in (("", statistics.median), ("_best", min)):
+        of = {name: typical(values) for name, values in times.items()}
+        row["ours" + suffix] = round(of["peer"] / of["ours"], 3)
+        row["fused" + suffix] = round(min(of["peer"], of.get("peer_fused", inf)) / of["fused"], 3)
+    row["turns"] = len(times["ours"])
     for name, values in times.items():
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
         row[f"spread_{name}"] = round(high / low, 2)
@@ -101,30 +133,29 @@ def summary(times: Mapping[str, Sequence[float]]) -> Row:
 
 
 @torch.inference_mode()
-def compare(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], threads: int, seconds: float
-) -> Row:
+def compare(models: Mapping[str, nn.Module], x: Tensor, threads: int, seconds: float) -> Row:
     """Time models in turns.
 
     Args:
         models: As `create` returns them.
-        inputs: Images for each.
+        x: Images.
         threads: Threads of PyTorch.
         seconds: How long to take times, three turns at least.
 
     Returns:
-        Ratios, spreads and the difference of the outputs.
+        Ratios, spreads, layouts and the difference of the outputs.
 
     Raises:
         RuntimeError: Outputs that differ by more than `TOLERANCE`.
     """
     torch.set_num_threads(threads)
-    error = difference({name: model(inputs[name]) for name, model in models.items()})
+    error = difference({name: model(x) for name, model in models.items()})
     # also where it is not a number
     if not error <= TOLERANCE:
         raise RuntimeError(f"outputs differ by {error:.1e}, more than {TOLERANCE:.0e}")
-    ways: Ways = {name: lambda n=name: models[n](inputs[n]) for name in models}  # type: ignore[misc]
+    ways, layouts = in_layouts(models, x, seconds / 10)
     row = summary(times_in_turns(ways, seconds))
+    row |= {f"layout_{name}": layout for name, layout in layouts.items()}
     return {**row, "difference": float(f"{error:.1e}"), "load": round(os.getloadavg()[0], 1)}
 
 
@@ -140,7 +171,8 @@ def measure(
             try:
                 if not models:
                     peer, models = create(name)
-                result = compare(models, images(models["ours"], batch), count, seconds)
+                x = torch.randn(batch, *models["ours"].pretrained_cfg["input_size"])
+                result = compare(models, x, count, seconds)
                 yield {**row, "peer": peer, **result}
             # a peer that is missing or wrong must not end the run
             except Exception as error:

@@ -145,8 +145,9 @@ def _cpu(results: Results) -> Iterator[str]:
     head = results["cpu"]
     yield f"""\
 Inference in float32 on {head["cpu"]}, torch {head["torch"]}, timm {head["timm"]}: how many times as
-fast as the peer, in the layout in which that is faster. Above 1 ours is faster: as created / after
-`fuse()`. They take turns on a machine that is not idle, so a few percent mean nothing."""
+fast as the peer, each in the layout in which it is faster. Above 1 ours is faster: as created /
+after `fuse()`, then beside the peer after its own `fuse()` if it has one. They take turns on a
+machine that is not idle, so a few percent mean nothing."""
     yield "![times as fast as the peer on a CPU](cpu.png)"
     yield tables.cpu_table(rows)
 
