@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 TARGETS = {
@@ -124,11 +126,9 @@ def recording() -> Iterator[list[Launch]]:
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.append(Launch(kernel, args, options))
 
-    original, JITFunction.run = JITFunction.run, record
-    try:
+    # interpreted kernels too: tests record in a process that interprets
+    with patch.object(JITFunction, "run", record), patch.object(InterpretedFunction, "run", record):
         yield launches
-    finally:
-        JITFunction.run = original
 
 
 def record(call: Callable[[], None]) -> list[Launch]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,9 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# read when kernels are decorated, so before anything imports them
-os.environ.pop("TRITON_INTERPRET", None)
-
 import torch
 from torch import nn
 
