@@ -27,7 +27,7 @@ from torch import Tensor
 from . import _depthwise_pytorch as pytorch
 from ._activations import ACTIVATIONS, activate
 from ._choice import implementation
-from ._common import accumulation_dtype, reference_in_use
+from ._common import accumulation_dtype, outside_autocast, reference_in_use, runs_at_once
 from ._depthwise import Border, Fused, Window, cast_all, check_border, check_conv
 
 
@@ -70,14 +70,7 @@ def depthwise_conv_mean_reference(
     return y, pytorch.average(y, "square" if square else "mean")
 
 
-@torch.library.custom_op(
-    "backbones::depthwise_conv",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, SymInt stride, bool same, "
-    "bool residual, str pre_act, str act, str mean, Tensor? border, SymInt bottom, SymInt right) "
-    "-> (Tensor, Tensor)",
-)
-def _forward(
+def _compute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -94,13 +87,23 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     at, fused = Window(weight.shape[-1], stride, same), Fused(residual, pre_act, act)
     edge = Border(bottom, right)
-    with torch.autocast(x.device.type, enabled=False):
+    with outside_autocast(x):
         run = implementation("forward", x, at.size, stride)
         if border is None or not any(edge):
             return run.forward(x, weight, bias, addend, at, fused, mean)
         y, _ = run.forward(edge.extend(x, border), weight, bias, None, at, fused, "")
         y = edge.crop(y)
         return y.contiguous() if addend is None else y + addend, x.new_empty(0)
+
+
+_forward = torch.library.custom_op(
+    "backbones::depthwise_conv",
+    _compute,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, SymInt stride, bool same, "
+    "bool residual, str pre_act, str act, str mean, Tensor? border, SymInt bottom, SymInt right) "
+    "-> (Tensor, Tensor)",
+)
 
 
 @_forward.register_fake
@@ -398,7 +401,8 @@ def _dispatch(
                 x, weight, bias, addend, stride, same, residual, pre_act, act, border, border_size
             )
             return y, pytorch.average(y, mean) if mean else y
+    args = (x, weight, bias, addend, stride, same, residual, pre_act, act, mean)
+    if not isinstance(x, torch.fx.Proxy) and runs_at_once(x):
+        return _compute(*args, border, *border_size)
     # through the packet, which torch.fx records; a call of the Python object it would not
-    return torch.ops.backbones.depthwise_conv(
-        x, weight, bias, addend, stride, same, residual, pre_act, act, mean, border, *border_size
-    )
+    return torch.ops.backbones.depthwise_conv(*args, border, *border_size)

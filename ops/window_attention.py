@@ -23,9 +23,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import accumulation_dtype, autocast, kernels, reference_in_use
+from ._common import (
+    accumulation_dtype,
+    autocast,
+    kernels,
+    outside_autocast,
+    reference_in_use,
+    runs_at_once,
+)
 from ._windows import (
     ONE_TILE,
     Windows,
@@ -123,21 +131,28 @@ class _Tokens:
 def _forward_pytorch(
     qkv: Tensor, table: Tensor | None, pad: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(qkv.device.type, enabled=False):
-        tokens = _Tokens(qkv, table, pad, Windows(*args))
-        out = torch.empty_like(tokens.q)
-        keeps_lse = tokens.windows.keys > ONE_TILE
-        lse = out.new_empty((*out.shape[:3], 1) if keeps_lse else 0)
-        for block in tokens.blocks():
-            scores = tokens.scores(block)
-            if keeps_lse:
-                lse[block] = scores.logsumexp(dim=-1, keepdim=True)
-                attention = scores.sub_(lse[block]).exp_()
-            else:
-                attention = scores.softmax(dim=-1)
-            torch.matmul(attention, tokens.v[block], out=out[block])
-        merged = tokens.crop(tokens.join(out[None]).to(qkv.dtype))
-        return merged, tokens.crop(tokens.join(lse[None])) if keeps_lse else lse
+    """Compute the map; `_backward_pytorch` finds the softmax anew, so the logsumexps are zeros."""
+    windows, (*size, _) = Windows(*args), qkv.shape
+    dtype = accumulation_dtype(qkv.dtype)
+    with outside_autocast(qkv):
+        tokens = partition(fill_windows(qkv, windows.size, pad), windows.size, windows.grid)
+        q, k, v = split_heads(tokens.flatten(0, 1).to(dtype), windows.num_heads, windows.head_first)
+        real = inside(qkv, windows.size, windows.grid) if pad is None else None
+        mask = _mask(None if table is None else table.to(dtype), real, windows, q)
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=windows.scale)
+        out = out.transpose(1, 2).flatten(2).to(qkv.dtype).unflatten(0, tokens.shape[:2])
+        lse = (*size, windows.num_heads) if windows.keys > ONE_TILE else (0,)
+        return merge(out, windows.size, windows.grid, *size[1:]), q.new_zeros(lse)
+
+
+def _mask(table: Tensor | None, real: Tensor | None, windows: Windows, q: Tensor) -> Tensor | None:
+    """What to add to the scores `(B * G, heads, N, N)`: bias, and minus infinity for no token."""
+    bias = None if table is None else relative_bias(table, windows.size)[None]
+    if real is None:
+        return bias
+    hidden = q.new_zeros(real.shape).masked_fill_(~real, float("-inf"))
+    hidden = hidden.repeat(len(q) // len(real), 1)[:, None, None]
+    return hidden.expand(-1, -1, q.shape[2], -1) if bias is None else bias + hidden
 
 
 def _backward_pytorch(
@@ -376,6 +391,9 @@ def _dispatch(
         dim = qkv.shape[-1] // (3 * num_heads)
         # a trace would take the power in float32
         scale = (int(dim) if torch.jit.is_tracing() else dim) ** -0.5
+    if not isinstance(qkv, torch.fx.Proxy) and runs_at_once(qkv):
+        args = (num_heads, *window_size, grid, head_first, scale)
+        return _forward_pytorch(qkv, table, pad, *args)[0]
     # through the packet, which torch.fx records; a call of the Python object it would not
     return torch.ops.backbones.window_attention(
         qkv, table, pad, num_heads, *window_size, grid, head_first, scale

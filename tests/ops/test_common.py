@@ -6,7 +6,13 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones.ops import channel_attention, depthwise_conv_norm, partial_attention
+from backbones.ops import (
+    channel_attention,
+    depthwise_conv,
+    depthwise_conv_norm,
+    partial_attention,
+    window_attention,
+)
 from backbones.ops._common import outside_autocast, runs_at_once
 from tests.backbones.models import relative_error
 
@@ -19,6 +25,8 @@ def convolve(x: Tensor) -> Tensor:
 
 
 CALLS = {
+    "window_attention": lambda x: window_attention(x, None, 2, (3, 3)),
+    "depthwise_conv": lambda x: depthwise_conv(x, x[0, 0, 0, :9].expand(48, 9).view(48, 1, 3, 3)),
     "channel_attention": lambda x: channel_attention(x, 2),
     "partial_attention": lambda x: partial_attention(x, x, 8),
     "depthwise_conv_norm": convolve,
