@@ -29,7 +29,6 @@ from timm.layers import (
     DropPath,
     LayerNorm,
     LayerNorm2d,
-    Mlp,
     calculate_drop_path_rates,
 )
 from timm.models import generate_default_cfgs
@@ -48,6 +47,7 @@ from ._builder import build_model
 from ._registry import register_model
 from .layers import ChannelsLastStage, NeighborhoodAttention
 from .layers.fold import fold_layer_norm
+from .layers.mlp import Mlp
 from .layers.strided import OverlappingPool2d
 
 __all__ = ["TiC"]
@@ -96,7 +96,7 @@ class Block(nn.Module):
         )
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = LayerNorm(dim, eps=_EPS, **dd)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=nn.GELU, **dd)
+        self.mlp = Mlp(dim, 4 * dim, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Every op is one function, registered with `torch.library`: it works in eager mod
 """
 
 from ._activations import gelu_tanh
-from ._common import reference_in_use, use_reference
+from ._common import reference_in_use, runs_at_once, use_reference
 from ._depthwise import embed_dilated
 from ._rotary import apply_rotary, rotary_table
 from .adaptive_average import adaptive_average, adaptive_average_reference
@@ -72,6 +72,7 @@ __all__ = [
     "route_regions_reference",
     "routing_attention",
     "routing_attention_reference",
+    "runs_at_once",
     "use_reference",
     "window_attention",
     "window_attention_reference",

@@ -51,10 +51,10 @@ def runs_at_once(x: Tensor) -> bool:
     Only where nothing is to see the op: no gradient, compiler, trace, mode or subclass of tensors.
     """
     return (
-        not torch.compiler.is_compiling()
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and x.device.type == "cpu"
-        and type(x) is Tensor
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
     )

@@ -47,8 +47,9 @@ def _fold(weight: Tensor, fused: Fused, x: Tensor) -> tuple[Tensor, bool]:
     wide = accumulation_dtype(x.dtype) == x.dtype and x.device.type == "cpu"
     if not fused.residual or not wide:
         return weight, fused.residual
-    one = F.pad(weight.new_ones(1, 1, 1, 1), [weight.shape[-1] // 2] * 4)
-    return weight + one, False
+    middle, weight = weight.shape[-1] // 2, weight.clone()
+    weight[..., middle, middle].add_(1)
+    return weight, False
 
 
 def convolve(
@@ -70,7 +71,9 @@ def convolve(
     rows, cols = _shift(at, x)
     x = activate(x, fused.pre_act)
     weight, residual = _fold(weight, fused, x)
-    y = _conv(x, weight, bias, at.stride, _pads(at, x))[:, rows:, cols:]
+    y = _conv(x, weight, bias, at.stride, _pads(at, x))
+    if at.same:
+        y = y[:, rows:, cols:]
     if residual:
         y = x + y
     return y if addend is None else y + addend
@@ -174,6 +177,9 @@ def forward_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the result, its LayerNorm, and means and inverse deviations `(2, B, H, W)`."""
     y = convolve(x, weight, bias, None, at, fused).contiguous()
+    if norm_bias is None and not y.is_cuda:
+        # PyTorch's kernel for a CPU takes nearly twice the time without a bias
+        norm_bias = y.new_zeros(y.shape[-1])
     wide, weight_wide, bias_wide = _wide(y, norm_weight, norm_bias)
     normed, *stats = torch.native_layer_norm(wide, y.shape[-1:], weight_wide, bias_wide, eps)
     return y, normed.to(y.dtype), torch.stack(stats).squeeze(-1)
@@ -199,4 +205,6 @@ def norm_backward(
 def _wide(y: Tensor, *tensors: Tensor | None) -> list[Any]:
     """What a LayerNorm takes in the type of its sums; on a GPU it makes them so by itself."""
     dtype = y.dtype if y.is_cuda else accumulation_dtype(y.dtype)
+    if dtype == y.dtype:
+        return [y, *tensors]
     return [t if t is None else t.to(dtype) for t in (y, *tensors)]

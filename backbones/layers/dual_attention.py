@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, Mlp, is_exportable
+from timm.layers import DropPath, LayerNorm, is_exportable
 from torch import Tensor, nn
 
 from backbones.ops import (
@@ -17,6 +17,7 @@ from backbones.ops import (
 )
 
 from .fold import fold_layer_norm
+from .mlp import Mlp
 from .position_conv import ConvPositionEncoding
 
 
@@ -154,7 +155,7 @@ class ConvAttentionBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.cpe2 = ConvPositionEncoding(dim, **dd)
         self.norm2 = LayerNorm(dim, eps=1e-5, **dd)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=nn.GELU, **dd)
+        self.mlp = Mlp(dim, 4 * dim, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

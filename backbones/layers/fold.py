@@ -6,8 +6,11 @@ All functions change the layers in place, keep what they compute, and belong und
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+
+from backbones.ops import runs_at_once
 
 
 def batch_norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -49,6 +52,27 @@ def _add_bias(layer: nn.Conv2d | nn.Linear, shift: Tensor) -> nn.Module:
     return layer
 
 
+class FoldedLayerNorm(nn.LayerNorm):
+    """A LayerNorm whose weight and bias went elsewhere.
+
+    Args:
+        size: Of the last dimensions.
+        eps: Added to the variances.
+    """
+
+    def __init__(self, size: tuple[int, ...], eps: float) -> None:
+        super().__init__(size, eps, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take and return a map `(..., *size)`."""
+        if torch.jit.is_scripting():
+            return F.layer_norm(x, self.normalized_shape, None, None, self.eps)
+        else:
+            # PyTorch's kernel for a CPU takes nearly twice the time without a bias
+            bias = x.new_zeros(self.normalized_shape) if runs_at_once(x) else None
+            return F.layer_norm(x, self.normalized_shape, None, bias, self.eps)
+
+
 def fold_layer_norm(norm: nn.LayerNorm, *layers: nn.Linear) -> nn.LayerNorm:
     """Move weight and bias of a LayerNorm into the linear layers that read its output.
 
@@ -63,7 +87,7 @@ def fold_layer_norm(norm: nn.LayerNorm, *layers: nn.Linear) -> nn.LayerNorm:
         return norm
     for layer in layers:
         fold_input(layer, norm.weight, norm.bias)
-    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+    return FoldedLayerNorm(norm.normalized_shape, norm.eps)
 
 
 def fold_layer_scale(layer: nn.Linear, scale: nn.Module) -> nn.Module:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, Mlp, is_exportable
+from timm.layers import DropPath, LayerNorm, is_exportable
 from torch import Tensor, nn
 
 from backbones.ops import linear_attention, linear_attention_reference
 
 from .fold import fold_layer_norm
 from .local_concentration import LocalConcentration
+from .mlp import Mlp
 from .position_conv import ConvPositionEncoding
 
 
@@ -102,7 +103,7 @@ class LinearAttentionBlock(nn.Module):
         self.local = LocalConcentration(dim, **dd)
         self.drop_path2 = DropPath(drop_path) if self.drops else nn.Identity()
         self.norm2 = LayerNorm(dim, eps=1e-5, **dd)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=nn.GELU, **dd)
+        self.mlp = Mlp(dim, 4 * dim, **dd)
         self.drop_path3 = DropPath(drop_path) if self.drops else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

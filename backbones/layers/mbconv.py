@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d, DropPath, is_exportable
 from torch import Tensor, nn
 
 from .fold import batch_norm_affine, fold_input, fold_norm_act
-from .gelu_tanh import GeluTanh
+from .gelu import GeluTanh
 from .squeeze_excite import SqueezeExcite
 from .strided import AvgPool2dCeil, StridedConv2d
 

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, is_exportable
+from timm.layers import DropPath, LayerNorm, LayerScale, is_exportable
 from torch import Tensor, nn
 
 from backbones.ops import window_attention, window_attention_reference
 
 from .fold import fold_layer_norm, fold_layer_scale
-from .gelu_tanh import GeluTanh
+from .gelu import Gelu, GeluTanh
+from .mlp import Mlp
 from .relative_position import (
     RelativePositionBias,
     RelativePositionBiasTf,
@@ -90,7 +91,7 @@ def norm_and_act(style: str) -> tuple[Callable[..., nn.LayerNorm], Callable[...,
     """LayerNorm and activation of a style, with their eps and approximation."""
     if style == "tf":
         return partial(LayerNorm, eps=1e-5), GeluTanh
-    return partial(LayerNorm, eps=1e-6), nn.GELU
+    return partial(LayerNorm, eps=1e-6), Gelu
 
 
 class PartitionBlock(nn.Module):

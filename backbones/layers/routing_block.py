@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, Mlp
+from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 
 from .fold import fold_layer_norm
 from .lepe_attention import LepeAttention
+from .mlp import Mlp
 from .position_conv import ConvPositionEncoding
 from .routing_attention import BiLevelRoutingAttention
 
@@ -48,7 +49,7 @@ class RoutingBlock(nn.Module):
         self.attn = attention(dim, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, mlp_ratio * dim, act_layer=nn.GELU, **dd)
+        self.mlp = Mlp(dim, mlp_ratio * dim, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -112,6 +112,10 @@ def test_a_layer_norm_folds_into_all_layers_behind_it():
     for layer, value in zip(layers, expected, strict=True):
         torch.testing.assert_close(layer(bare(x)), value, rtol=1e-12, atol=1e-12)
     assert fold_layer_norm(bare, *layers) is bare
+    with torch.enable_grad():
+        torch.testing.assert_close(bare(x), F.layer_norm(x, (8,), eps=0.1), rtol=1e-12, atol=1e-12)
+    for graph in (torch.jit.script(bare), torch.fx.symbolic_trace(bare), torch.jit.trace(bare, x)):
+        torch.testing.assert_close(graph(x), bare(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [(2, 3), (1, 1), (4, 2)])
