@@ -63,16 +63,15 @@ def _forward_pytorch(
 ) -> tuple[Tensor, Tensor]:
     with outside_autocast(qkv):
         q, k, v = _tokens(qkv, qk_dim)
-        value_dim, out = v.shape[-1], x.new_empty(x.shape)
-        lse = q.new_empty(x.shape[:3] if keep else (0,))
+        attended, lse = [], q.new_empty(x.shape[:3] if keep else (0,))
         for rows in _query_blocks(q):
             scores = torch.bmm(q[:, rows], k.mT).mul_(scale)
-            # not softmax: the result must not depend on what is kept
-            logs = scores.log_softmax(dim=-1)
             if keep:
-                lse.flatten(1)[:, rows] = scores[..., 0] - logs[..., 0]
-            out.flatten(1, 2)[:, rows, :value_dim] = torch.bmm(logs.exp_(), v).relu_()
-        torch.clamp_min(x[..., value_dim:], 0, out=out[..., value_dim:])
+                lse.flatten(1)[:, rows] = scores.logsumexp(dim=-1)
+            attended.append(torch.bmm(scores.softmax(dim=-1), v))
+        whole = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+        whole = whole.to(x.dtype).unflatten(1, x.shape[1:3])
+        out = torch.cat([whole, x[..., v.shape[-1] :]], dim=-1).relu_()
         return out, lse
 
 
