@@ -41,12 +41,12 @@ class Mlp(timm.layers.Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """Take and return a map `(..., dim)`."""
         if torch.jit.is_scripting():
-            return self.fc2(self.act(self.fc1(x)))
+            return self._feed(x)
         else:
             if not runs_at_once(x) or x.numel() <= 2 * _TOKENS * x.shape[-1]:
-                return self.fc2(self.act(self.fc1(x)))
-            out = x.new_empty(x.shape)
-            places = out.view(-1, out.shape[-1]).split(_TOKENS)
-            for tokens, place in zip(x.flatten(0, -2).split(_TOKENS), places, strict=True):
-                place.copy_(self.fc2(self.act(self.fc1(tokens))))
-            return out
+                return self._feed(x)
+            blocks = x.flatten(0, -2).split(_TOKENS)
+            return torch.cat([self._feed(tokens) for tokens in blocks]).unflatten(0, x.shape[:-1])
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))

@@ -54,6 +54,17 @@ def test_takes_any_strides():
 
 
 @pytest.mark.usefixtures("blocks")
+@torch.no_grad()
+def test_autocast_decides_the_type():
+    ours, timms = pair(torch.float32)
+    x = tokens(1, 7, 5, 6).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = ours(x), timms(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.usefixtures("blocks")
 def test_keeps_few_hidden_values_without_autograd_only():
     ours, _ = pair()
     sizes: list[int] = []
