@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._common import runs_at_once
+
 ACTIVATIONS = ("", "relu", "silu", "gelu", "gelu_tanh")
 
 _aten = torch.ops.aten
@@ -26,11 +28,11 @@ def gelu_tanh(x: Tensor, inplace: bool = False) -> Tensor:
     if torch.jit.is_scripting():
         return F.gelu(x, approximate="tanh")
     else:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+        if not runs_at_once(x) or x.dtype != torch.float32:
             return F.gelu(x, approximate="tanh")
         # channels-last maps are contiguous as `(B, H, W, C)`
         flat = x.permute(0, 2, 3, 1) if x.ndim == 4 and not x.is_contiguous() else x
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not flat.is_contiguous():
+        if not flat.is_contiguous():
             return F.gelu(x, approximate="tanh")
         out = flat if inplace else torch.empty_like(flat)
         _in_blocks(flat.view(-1), out.view(-1), inplace)

@@ -178,7 +178,7 @@ def forward_norm(
     """Compute the result, its LayerNorm, and means and inverse deviations `(2, B, H, W)`."""
     y = convolve(x, weight, bias, None, at, fused).contiguous()
     if norm_bias is None and not y.is_cuda:
-        # PyTorch's kernel for a CPU takes nearly twice the time without a bias
+        # PyTorch's kernel for a CPU is slower without a bias
         norm_bias = y.new_zeros(y.shape[-1])
     wide, weight_wide, bias_wide = _wide(y, norm_weight, norm_bias)
     normed, *stats = torch.native_layer_norm(wide, y.shape[-1:], weight_wide, bias_wide, eps)

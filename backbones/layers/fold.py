@@ -68,7 +68,7 @@ class FoldedLayerNorm(nn.LayerNorm):
         if torch.jit.is_scripting():
             return F.layer_norm(x, self.normalized_shape, None, None, self.eps)
         else:
-            # PyTorch's kernel for a CPU takes nearly twice the time without a bias
+            # PyTorch's kernel for a CPU is slower without a bias
             bias = x.new_zeros(self.normalized_shape) if runs_at_once(x) else None
             return F.layer_norm(x, self.normalized_shape, None, bias, self.eps)
 

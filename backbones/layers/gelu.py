@@ -6,14 +6,10 @@ Both are for activations that nothing else reads, such as those between two line
 from __future__ import annotations
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.ops import gelu_tanh, runs_at_once
-
-# one call in a graph of torch.fx, which cannot ask for a device
-torch.fx.wrap("gelu_tanh")
 
 
 class Gelu(nn.GELU):
